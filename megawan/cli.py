@@ -1,0 +1,76 @@
+"""How every command here reads its flags and reports a mistake: one line, exit code 2, no traceback."""
+
+import contextlib
+import io
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import NoReturn, TypeVar
+
+import tyro
+
+Options = TypeVar("Options")
+
+
+class UserError(Exception):
+    """A mistake of the person at the keyboard. The message names what was given, what is legal and what to do."""
+
+
+def parse(
+    options: type[Options],
+    argv: Sequence[str],
+    *,
+    prog: str,
+    description: str,
+    default: Options | None = None,
+    aliases: Mapping[str, str] | None = None,
+) -> Options:
+    """Return `options` (a dataclass) filled from `argv`; `-` and `_` are the same in a flag.
+
+    `aliases` maps a flag that other trainers use to ours (both with underscores, without the leading dashes).
+    Raises UserError for an unknown flag, a wrong type or an illegal choice; `--help` prints the help and exits 0.
+    """
+    argv = [_rename(word, aliases or {}) for word in argv]
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            if default is None:
+                return tyro.cli(options, args=argv, prog=prog, description=description, use_underscores=True)
+            return tyro.cli(
+                options, args=argv, prog=prog, description=description, use_underscores=True, default=default
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise UserError(_one_line(printed.getvalue(), prog)) from None
+
+
+def _rename(word: str, aliases: Mapping[str, str]) -> str:
+    if not word.startswith("--"):
+        return word
+    flag, equals, value = word[2:].partition("=")
+    flag = flag.replace("-", "_")
+    return f"--{aliases.get(flag, flag)}{equals}{value}"
+
+
+def _one_line(box: str, prog: str) -> str:
+    """Return the sentences of tyro's framed message as one line."""
+    lines = [re.sub(r"[│╭╮╰╯─]+", " ", line).strip() for line in box.splitlines()]
+    lines = [line for line in lines if line]
+    text = " ".join(lines[1:] if len(lines) > 1 else lines)
+    text = re.sub(r"\s*(Argument helptext:.*|For full helptext, (run|see) .*)$", "", text)
+    text = re.sub(r"\s+", " ", text).strip()
+    return f"{text} (see {prog} --help)"
+
+
+def run(main: Callable[[Sequence[str]], None], prog: str) -> NoReturn:
+    """Call `main(argv)` and exit: 0 when it returns, 2 with one line when it raises UserError, 130 on Ctrl-C."""
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        sys.stderr.write(f"{prog}: error: {' '.join(str(error).split())}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{prog}: interrupted\n")
+        sys.exit(130)
+    sys.exit(0)

@@ -1,0 +1,1 @@
+"""From manifest and media files to latent stores and batches."""

@@ -1,0 +1,1 @@
+"""The Wan diffusion transformer: variants, forward, checkpoint layouts."""

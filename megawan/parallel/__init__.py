@@ -1,0 +1,1 @@
+"""Context parallelism over torch.distributed; knows nothing of Wan or DeepSpeed."""
