@@ -4,6 +4,7 @@ import contextlib
 import io
 import re
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn, TypeVar
 
@@ -63,12 +64,19 @@ def _one_line(box: str, prog: str) -> str:
     return f"{text} (see {prog} --help)"
 
 
-def run(main: Callable[[Sequence[str]], None], prog: str) -> NoReturn:
-    """Call `main(argv)` and exit: 0 when it returns, 2 with one line when it raises UserError, 130 on Ctrl-C."""
+def run(main: Callable[[Sequence[str]], None], prog: str, rank: int = 0) -> NoReturn:
+    """Call `main(argv)` and exit: 0 when it returns, 2 with one line when it raises UserError, 130 on Ctrl-C.
+
+    In a launched world all ranks find the same mistake and rank 0 says it. Another rank waits until the launcher ends
+    it; one that is still there after 5 seconds found a mistake of its own, and says it.
+    """
     try:
         main(sys.argv[1:])
     except UserError as error:
-        sys.stderr.write(f"{prog}: error: {' '.join(str(error).split())}\n")
+        who = f"{prog} (rank {rank})" if rank else prog
+        if rank:
+            time.sleep(5)
+        sys.stderr.write(f"{who}: error: {' '.join(str(error).split())}\n")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.stderr.write(f"{prog}: interrupted\n")

@@ -1,0 +1,323 @@
+"""Checkpoints that commit like a database: written aside, verified, then renamed; never half there.
+
+A step folder holds one safetensors file a rank (no executable code) with that rank's fragments of the fp32 masters
+and Adam moments, each with its place in the whole parameter, and a manifest with every file's size and sha256. Any
+world size, ZeRO stage or layout reads what any other wrote.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megawan import dist
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+FORMAT = "megawan-checkpoint"
+VERSION = 1
+_STEP_FOLDER = re.compile(r"step_(\d{7,})")
+
+
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """Saving and resuming."""
+
+    save_every: int = 500
+    """Save after every so many optimizer steps, and after the last one; 0 saves only after the last."""
+    keep_last: int = 2
+    """How many of the newest checkpoints stay; older ones are deleted after a save succeeded. 0 keeps all."""
+    resume: str = "auto"
+    """auto: continue from the newest sound checkpoint of --output, else start; must: fail if there is none;
+    none: start, and refuse a folder that has checkpoints; or the path of one step folder."""
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A flat fp32 piece of one parameter's `kind` ("master" or a moment): elements start .. start + len(values)."""
+
+    kind: str
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    values: Tensor
+
+
+class DamagedCheckpoint(ValueError):
+    """A step folder that is incomplete or whose bytes are not those that were written."""
+
+
+def check(options: CheckpointOptions) -> None:
+    """Raise ValueError for negative counts."""
+    for name, value in (("save_every", options.save_every), ("keep_last", options.keep_last)):
+        if value < 0:
+            raise ValueError(f"--checkpoint.{name} {value} must be 0 or more")
+
+
+def step_folders(root: Path) -> list[Path]:
+    """Return the committed step folders under `root`, newest first; temporary and foreign names are not counted."""
+    found = [path for path in root.glob("step_*") if path.is_dir() and _STEP_FOLDER.fullmatch(path.name)]
+    return sorted(found, key=_step_of, reverse=True)
+
+
+def save(root: Path, step: int, pieces: Iterable[Fragment], state: Mapping[str, Any], keep_last: int) -> Path:
+    """Write `root`/step_N with all ranks together and return it; after an error nothing of it remains.
+
+    `state` is JSON: what else a resume needs, and what a person wants to know. Raises OSError on every rank when any
+    rank could not write. The order is: files, their digests, manifest, fsync, rename, `latest`.
+    """
+    final, aside = root / f"step_{step:07d}", root / f"step_{step:07d}.tmp"
+    rank = torch_dist.get_rank()
+    problem = ""
+    if dist.is_main():
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
+        except OSError as error:
+            problem = str(error)
+    torch_dist.barrier()
+    digest, size = b"\0" * 32, 0
+    if not problem:
+        try:
+            digest, size = _write_rank_file(aside / _rank_file(rank), pieces)
+        except (OSError, SafetensorError) as error:
+            problem = str(error)
+    written = dist.all_succeeded(not problem)
+    entries = _share_entries(digest, size)
+    if written and dist.is_main():
+        try:
+            _commit(aside, final, _manifest(step, entries, state))
+        except OSError as error:
+            problem = str(error)
+    if not dist.all_succeeded(written and not problem):
+        if dist.is_main():
+            shutil.rmtree(aside, ignore_errors=True)
+        raise OSError(f"checkpoint of step {step} was not saved: {problem or 'another rank could not write its part'}")
+    if dist.is_main() and keep_last:
+        for old in step_folders(root)[keep_last:]:
+            shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def choose(root: Path, resume: str) -> Path | None:
+    """Return the step folder to continue from, the same on all ranks, or None to start anew.
+
+    Raises ValueError when `resume` forbids what was found: "must" without a sound checkpoint, "none" with one, or a
+    path that is damaged. "auto" skips damaged folders, saying so, but refuses to start anew where only damaged
+    ones are left: that would silently lose the run.
+    """
+    if resume == "none":
+        if step_folders(root):
+            raise ValueError(f"--resume none, but {root} holds checkpoints; choose another --output or --resume auto")
+        return None
+    if resume not in ("auto", "must"):
+        verify(Path(resume))
+        return Path(resume)
+    folders = step_folders(root)
+    for folder in folders:
+        try:
+            verify(folder)
+            return folder
+        except DamagedCheckpoint as error:
+            dist.say(f"resume: skipped {error}")
+    if folders:
+        raise ValueError(f"every checkpoint under {root} is damaged; move them away to start anew")
+    if resume == "must":
+        raise ValueError(f"--resume must: no checkpoint under {root}")
+    return None
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a step folder after checking every file's size and sha256, the work split over ranks.
+
+    Raises DamagedCheckpoint, on every rank alike, naming the first file that is missing or differs.
+    """
+    manifest = read_manifest(folder)
+    parallel = torch_dist.is_initialized()
+    rank, world = (torch_dist.get_rank(), torch_dist.get_world_size()) if parallel else (0, 1)
+    problem = ""
+    for index, (name, entry) in enumerate(sorted(manifest["files"].items())):
+        file = folder / name
+        if index % world != rank or problem:
+            continue
+        if not file.is_file():
+            problem = f"{file} is missing"
+        elif file.stat().st_size != entry["bytes"]:
+            problem = f"{file} has {file.stat().st_size} bytes, its manifest says {entry['bytes']}"
+        elif _sha256(file) != entry["sha256"]:
+            problem = f"{file} does not have the sha256 of its manifest"
+    if parallel and not dist.all_succeeded(not problem):
+        problem = problem or f"{folder}: a file that another rank checked is missing or changed"
+    if problem:
+        raise DamagedCheckpoint(problem)
+    return manifest
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the parsed manifest. Raises DamagedCheckpoint when it is absent, not JSON or of another format."""
+    file = folder / "manifest.json"
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DamagedCheckpoint(f"{file}: {error}") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
+        raise DamagedCheckpoint(f"{file}: not a {FORMAT} of version {VERSION}")
+    for name in manifest["files"]:
+        if Path(name).name != name:
+            raise DamagedCheckpoint(f"{file}: file name {name!r} leaves the folder")
+    return manifest
+
+
+class StepWeights:
+    """The tensors of one step folder, whole or in part, read lazily; a TensorSource of the fp32 masters."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manifest = read_manifest(folder)
+        self.step = int(self.manifest["step"])
+        self._places: dict[tuple[str, str], list[tuple[int, int, Path]]] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for name in sorted(self.manifest["files"]):
+            self._index(folder / name)
+
+    def _index(self, file: Path) -> None:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                table = json.loads((opened.metadata() or {}).get("fragments", "{}"))
+        except (OSError, SafetensorError, ValueError) as error:
+            raise DamagedCheckpoint(f"{file}: {error}") from None
+        for tensor_name, (start, length, shape) in table.items():
+            kind, name = tensor_name.split("/", 1)
+            self._places.setdefault((kind, name), []).append((start, length, file))
+            self._shapes[name] = tuple(shape)
+
+    def keys(self) -> list[str]:
+        """Return the parameter names (native Wan keys)."""
+        return list(self._shapes)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Return a parameter's full shape."""
+        return self._shapes[key]
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Return float32: masters are what is stored."""
+        return torch.float32
+
+    def load(self, key: str) -> Tensor:
+        """Return one whole master, float32 on the CPU."""
+        shape = self._shapes[key]
+        return self.load_range("master", key, 0, torch.Size(shape).numel()).view(shape)
+
+    def load_range(self, kind: str, name: str, start: int, length: int) -> Tensor:
+        """Return elements start .. start + length of a flattened parameter's `kind`, float32 on the CPU.
+
+        Raises DamagedCheckpoint when the files together do not cover them.
+        """
+        values, covered = torch.empty(length), 0
+        for piece_start, piece_length, file in self._places.get((kind, name), []):
+            low, high = max(start, piece_start), min(start + length, piece_start + piece_length)
+            if low < high:
+                with safe_open(file, framework="pt") as opened:
+                    piece = opened.get_slice(f"{kind}/{name}")[low - piece_start : high - piece_start]
+                values[low - start : high - start] = piece
+                covered += high - low
+        if covered != length:
+            raise DamagedCheckpoint(f"{self.folder}: {kind} of {name} covers {covered} of {length} elements")
+        return values
+
+
+def _write_rank_file(file: Path, pieces: Iterable[Fragment]) -> tuple[bytes, int]:
+    tensors, table = {}, {}
+    for piece in pieces:
+        key = f"{piece.kind}/{piece.name}"
+        tensors[key] = piece.values.detach().to("cpu", torch.float32).contiguous()
+        table[key] = (piece.start, piece.values.numel(), piece.shape)
+    # Views of one flat buffer share storage, which safetensors refuses to save.
+    tensors = {key: value.clone() for key, value in tensors.items()}
+    save_file(tensors, file, metadata={"fragments": json.dumps(table)})
+    _fsync(file)
+    return bytes.fromhex(_sha256(file)), file.stat().st_size
+
+
+def _share_entries(digest: bytes, size: int) -> dict[str, dict[str, Any]]:
+    """Return name → bytes and sha256 of every rank's file, on every rank (tensors only: nothing is pickled)."""
+    mine = torch.tensor(list(digest + size.to_bytes(8, "little")), dtype=torch.uint8, device=dist.collective_device())
+    every = [torch.empty_like(mine) for _ in range(torch_dist.get_world_size())]
+    torch_dist.all_gather(every, mine)
+    rows = [bytes(row.cpu().tolist()) for row in every]
+    return {
+        _rank_file(rank): {"bytes": int.from_bytes(row[32:], "little"), "sha256": row[:32].hex()}
+        for rank, row in enumerate(rows)
+    }
+
+
+def _manifest(step: int, files: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "step": step,
+        "world_size": torch_dist.get_world_size(),
+        "files": dict(files),
+        **state,
+    }
+
+
+def _commit(aside: Path, final: Path, manifest: Mapping[str, Any]) -> None:
+    write_json(aside / "manifest.json", manifest)
+    _fsync(aside)
+    replaced = final.with_name(final.name + ".replaced.tmp")
+    if final.exists():
+        # Resume skipped it as damaged, or this step is saved a second time; it stays until the new one has its name.
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
+    aside.rename(final)
+    _fsync(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+    write_text(final.parent / "latest", final.name + "\n")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically: readers see the old file or the whole new one."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small text file atomically."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(text, encoding="utf-8")
+    _fsync(aside)
+    aside.replace(path)
+    _fsync(path.parent)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _rank_file(rank: int) -> str:
+    return f"rank_{rank:05d}.safetensors"
+
+
+def _step_of(folder: Path) -> int:
+    match: Sequence[str] = _STEP_FOLDER.findall(folder.name)
+    return int(match[0])

@@ -1,0 +1,150 @@
+"""Process group, rank helpers and agreement checks; the only reader of environment variables.
+
+`deepspeed`, `torchrun`, `srun` and plain `python` all end here: RANK, WORLD_SIZE and LOCAL_RANK decide, and without
+them the process is a world of one.
+"""
+
+import datetime
+import hashlib
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as torch_dist
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What the launcher says about this process: ranks and sizes, before any process group exists."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+
+
+def environment(variables: Mapping[str, str] | None = None) -> Environment:
+    """Return the launcher's view of this process; a world of one when nothing launched it.
+
+    Raises ValueError when a variable is not a whole number or RANK is outside WORLD_SIZE.
+    """
+    variables = os.environ if variables is None else variables
+    values = {}
+    for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+        text = variables.get(name, default)
+        if not text.isdecimal():
+            raise ValueError(f"environment variable {name}={text!r} is not a whole number; the launcher must set it")
+        values[name] = int(text)
+    if values["RANK"] >= values["WORLD_SIZE"]:
+        raise ValueError(f"RANK={values['RANK']} must be below WORLD_SIZE={values['WORLD_SIZE']}")
+    local_world = variables.get("LOCAL_WORLD_SIZE") or variables.get("LOCAL_SIZE") or str(values["WORLD_SIZE"])
+    return Environment(values["RANK"], values["LOCAL_RANK"], values["WORLD_SIZE"], max(1, int(local_world)))
+
+
+def pick_device(local_rank: int) -> torch.device:
+    """Return this rank's device: its CUDA GPU where there is one, else the CPU.
+
+    Raises ValueError when more ranks than GPUs were started on this machine.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise ValueError(f"local rank {local_rank} has no GPU: this machine shows {count}; start at most {count} ranks")
+    return torch.device("cuda", local_rank)
+
+
+def initialize(place: Environment, device: torch.device, timeout_s: float) -> None:
+    """Join the default process group: NCCL on GPUs, gloo on CPUs; every wait in it ends after `timeout_s` seconds."""
+    if device.type == "cpu":
+        # DeepSpeed would otherwise guess its accelerator from the packages it can import.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        if "OMP_NUM_THREADS" not in os.environ:
+            # deepspeed's launcher sets no thread count: two ranks on two cores would run four threads.
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_world_size))
+    else:
+        torch.cuda.set_device(device)
+    if "MASTER_ADDR" not in os.environ:
+        if place.world_size > 1:
+            raise ValueError(f"WORLD_SIZE={place.world_size} but MASTER_ADDR is not set; start through a launcher")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), RANK="0", WORLD_SIZE="1")
+        os.environ["LOCAL_RANK"] = "0"
+    torch_dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        rank=place.rank,
+        world_size=place.world_size,
+        timeout=datetime.timedelta(seconds=timeout_s),
+        device_id=device if device.type == "cuda" else None,
+    )
+
+
+def shutdown() -> None:
+    """Leave the process group, all ranks together: a rank that leaves early can abort a slower one on gloo."""
+    if torch_dist.is_initialized():
+        torch_dist.barrier()
+        torch_dist.destroy_process_group()
+
+
+def free_port() -> int:
+    """Return a TCP port of the loopback interface that was free a moment ago."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def is_main() -> bool:
+    """Return True on global rank 0 and in a process without a group."""
+    return not torch_dist.is_initialized() or torch_dist.get_rank() == 0
+
+
+def say(text: str) -> None:
+    """Print one line, on rank 0 only, at once."""
+    if is_main():
+        print(text, flush=True)
+
+
+def collective_device() -> torch.device:
+    """Return the device whose tensors the default group can exchange."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch_dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
+    """Return the mean of a tensor over all ranks, same shape, float32; the input is not changed."""
+    total = value.detach().to(collective_device(), torch.float32, copy=True)
+    torch_dist.all_reduce(total)
+    return total / torch_dist.get_world_size()
+
+
+def all_succeeded(ok: bool) -> bool:
+    """Return True on every rank if `ok` is True on every rank, else False on every rank."""
+    flag = torch.tensor(int(ok), device=collective_device())
+    torch_dist.all_reduce(flag, op=torch_dist.ReduceOp.MIN)
+    return bool(flag)
+
+
+def share_text(text: str) -> str:
+    """Return rank 0's text on every rank (at most 4,096 bytes of UTF-8)."""
+    buffer = torch.zeros(4096, dtype=torch.uint8)
+    if is_main():
+        encoded = text.encode()
+        buffer[: len(encoded)] = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
+    buffer = buffer.to(collective_device())
+    torch_dist.broadcast(buffer, src=0)
+    return bytes(buffer.cpu().tolist()).rstrip(b"\0").decode()
+
+
+def require_agreement(what: str, text: str) -> None:
+    """Raise RuntimeError on every rank when `text` differs between ranks, naming the ranks that differ from rank 0.
+
+    One all-gather of 8 bytes a rank: cheap enough for every step, and it turns a later hang into a message.
+    """
+    digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
+    mine = torch.tensor([digest], dtype=torch.int64, device=collective_device())
+    every = [torch.empty_like(mine) for _ in range(torch_dist.get_world_size())]
+    torch_dist.all_gather(every, mine)
+    values = [int(value) for value in every]
+    strangers = [rank for rank, value in enumerate(values) if value != values[0]]
+    if strangers:
+        raise RuntimeError(f"ranks {strangers} disagree with rank 0 about the {what}; this rank has: {text[:500]}")

@@ -1,0 +1,187 @@
+"""DeepSpeed's engine around the model: building it sharded, filling it with weights, reading its fp32 states.
+
+The only module that imports deepspeed. DeepSpeed never hears of context parallelism: it shards over the whole world
+and averages gradients over the whole world, at every stage (the loss carries the factor that makes this right).
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import (
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+    set_z3_leaf_modules,
+)
+from torch import Tensor, nn
+
+from megawan.checkpoint import MOMENTS, Fragment, StepWeights
+from megawan.ds_config import Resolved
+from megawan.models.layouts import TensorSource
+from megawan.optim import OptimOptions, build_optimizer, build_schedule, parameter_groups
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def build_model(make: Callable[[], nn.Module], resolved: Resolved, device: torch.device) -> nn.Module:
+    """Return `make()` with parameters in the run's precision on `device`, sharded while it is built at stage 3.
+
+    Under zero.Init no rank ever holds more than one whole module. Parameter values are left for `load_weights`.
+    """
+    if resolved.zero_stage == 3:
+        context: contextlib.AbstractContextManager[Any] = deepspeed.zero.Init(config_dict_or_path=resolved.config)
+    else:
+        context = device
+    with context:
+        model = make()
+    if resolved.zero_stage < 3:
+        model.to(torch.bfloat16 if resolved.precision == "bf16" else torch.float32)
+    return model
+
+
+def initialize(
+    model: nn.Module, leaf: type[nn.Module], resolved: Resolved, options: OptimOptions, steps: int
+) -> deepspeed.DeepSpeedEngine:
+    """Return the training engine; `leaf` modules are gathered whole at stage 3 (one all-gather each, not one a tensor)."""
+    shapes = true_shapes(model)
+    if resolved.zero_stage == 3:
+        set_z3_leaf_modules(model, [leaf])
+    optimizer = build_optimizer(parameter_groups(model.named_parameters(), shapes, options.weight_decay), options)
+    config = dict(resolved.config)
+    if resolved.zero_stage == 0:
+        config["gradient_clipping"] = 0.0  # stage 0 clips without telling the norm: optimizer_step does it
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        lr_scheduler=build_schedule(optimizer, options, steps),
+        config=config,
+        dist_init_required=False,
+    )
+    # ZeRO creates Adam's states with a dummy step, which leaves their counter at 1 and bias correction off by one.
+    _set_adam_step(engine, 0)
+    return engine
+
+
+def true_shapes(model: nn.Module) -> Shapes:
+    """Return every parameter's full shape by name; a parameter sharded by ZeRO-3 shows an empty one itself."""
+    return {name: tuple(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in model.named_parameters()}
+
+
+def optimizer_step(engine: deepspeed.DeepSpeedEngine, grad_clip: float) -> None:
+    """Update the weights at an accumulation boundary; at other micro-batches only count (DeepSpeed's rule)."""
+    if engine.zero_optimization_stage() == 0 and engine.is_gradient_accumulation_boundary():
+        engine._global_grad_norm = nn.utils.clip_grad_norm_(engine.module.parameters(), grad_clip)
+    engine.step()
+
+
+def grad_norm(engine: deepspeed.DeepSpeedEngine) -> float:
+    """Return the global gradient norm before clipping of the last update (synchronises with the device)."""
+    norm = engine.get_global_grad_norm()
+    return math.nan if norm is None else float(norm)
+
+
+@torch.no_grad()
+def load_weights(engine: deepspeed.DeepSpeedEngine, source: TensorSource, tick: Callable[[], None]) -> None:
+    """Fill weights and fp32 masters from `source`, one tensor at a time; `tick` is called after each.
+
+    fp32 in the source reaches the masters unrounded; each rank keeps only its own part. The names and shapes of
+    `source` must have been checked against the model before.
+    """
+    stage = engine.zero_optimization_stage()
+    for name, parameter in engine.module.named_parameters():
+        full = source.load(name).flatten()
+        if stage == 3:
+            start, size = _local_range(parameter)
+            part = torch.zeros(parameter.ds_tensor.numel())
+            part[:size].copy_(full[start : start + size])
+            part = part.to(parameter.ds_tensor.device)
+            safe_set_local_fp32_param(parameter, part)
+            parameter.ds_tensor.data.copy_(part)
+        else:
+            parameter.data.copy_(full.view(parameter.shape))
+            mapping = getattr(parameter, "_hp_mapping", None)
+            if mapping is not None:
+                held = mapping.lp_fragment_address
+                mapping.hp_fragment.copy_(full[held.start : held.start + held.numel])
+        tick()
+    if stage == 3:
+        _refresh_resident(engine)
+
+
+@torch.no_grad()
+def load_optimizer(engine: deepspeed.DeepSpeedEngine, saved: StepWeights, tick: Callable[[], None]) -> None:
+    """Fill Adam's moments and step count and the learning rate from a checkpoint of any world size, stage or layout."""
+    stage = engine.zero_optimization_stage()
+    for name, parameter in engine.module.named_parameters():
+        for kind in MOMENTS:
+            if stage == 3:
+                start, size = _local_range(parameter)
+                part = torch.zeros(parameter.ds_tensor.numel())
+                part[:size] = saved.load_range(kind, name, start, size)
+                safe_set_local_optimizer_state(parameter, part.to(parameter.ds_tensor.device), kind)
+            elif stage == 0:
+                state = engine.optimizer.state[parameter]
+                full = saved.load_range(kind, name, 0, parameter.numel()).view(parameter.shape)
+                state[kind] = full.to(parameter.device)
+                state.setdefault("step", torch.zeros((), device=parameter.device))
+            elif getattr(parameter, "_hp_mapping", None) is not None:
+                held = parameter._hp_mapping.lp_fragment_address
+                values = saved.load_range(kind, name, held.start, held.numel)
+                parameter._hp_mapping.get_optim_state_fragment(kind).copy_(values)
+        tick()
+    _set_adam_step(engine, saved.step)
+    schedule = engine.lr_scheduler
+    schedule.last_epoch = saved.step
+    for group, base, factor in zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+        group["lr"] = base * factor(saved.step)
+    schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
+
+
+def fragments(engine: deepspeed.DeepSpeedEngine) -> Iterator[Fragment]:
+    """Yield this rank's share of the fp32 masters and Adam moments; over all ranks every element appears once."""
+    stage, rank = engine.zero_optimization_stage(), torch.distributed.get_rank()
+    for name, parameter in engine.module.named_parameters():
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        if stage == 3:
+            start, size = _local_range(parameter)
+            if size:
+                yield Fragment("master", name, shape, start, safe_get_local_fp32_param(parameter)[:size])
+                for kind in MOMENTS:
+                    yield Fragment(kind, name, shape, start, safe_get_local_optimizer_state(parameter, kind)[:size])
+        elif stage == 0:
+            if rank == 0:  # every rank holds the same whole states
+                yield Fragment("master", name, shape, 0, parameter.detach().flatten())
+                for kind in MOMENTS:
+                    yield Fragment(kind, name, shape, 0, engine.optimizer.state[parameter][kind].flatten())
+        elif getattr(parameter, "_hp_mapping", None) is not None:
+            mapping = parameter._hp_mapping
+            start = mapping.lp_fragment_address.start
+            yield Fragment("master", name, shape, start, mapping.get_hp_fragment())
+            for kind in MOMENTS:
+                yield Fragment(kind, name, shape, start, mapping.get_optim_state_fragment(kind))
+
+
+def _local_range(parameter: Any) -> tuple[int, int]:
+    """Return (start, size) of the elements a ZeRO-3 parameter keeps on this rank, the padding of the last left out."""
+    share = parameter.ds_tensor.numel()
+    start = share * torch.distributed.get_rank(parameter.ds_process_group)
+    return start, max(0, min(share, parameter.ds_numel - start))
+
+
+def _refresh_resident(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Gather anew the small parameters that ZeRO-3 keeps whole on every rank: they still hold the old values."""
+    resident = engine.optimizer.persistent_parameters
+    if resident:
+        resident[0].partition(resident, has_been_updated=False)
+        resident[0].all_gather(resident)
+
+
+def _set_adam_step(engine: deepspeed.DeepSpeedEngine, step: int) -> None:
+    optimizer = engine.optimizer if engine.zero_optimization_stage() == 0 else engine.optimizer.optimizer
+    for state in optimizer.state.values():
+        state["step"].fill_(step)
