@@ -1,0 +1,456 @@
+"""The Wan video transformer: one forward for every variant, on one rank or many.
+
+Parallelism touches it in two places: `context.shard` cuts the token sequence (and the rotary rows with it) before the
+patch embedding, and `context.attend` replaces self-attention. Everything else is local to a token.
+
+Letters: B batch, C latent channels, T H W latent grid, L tokens, l this rank's tokens, D width, N heads, K head width,
+S text tokens, P numbers in an output token, R modulation rows (1, or 2 where some frames are clean).
+State-dict keys are Wan's own. Every parameter is used inside the forward of the module that owns it (ZeRO-3 gathers
+there), and `WanBlock` and `VaceBlock` are meant to be gathered whole (`LEAF_MODULES`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from megawan.models.precision import LayerNorm, RMSNorm, WideLinear, gated_add, modulated_norm, wide
+from megawan.models.recompute import parse_recompute
+from megawan.models.rope import RopeTables, rotate
+from megawan.models.variants import WanConfig
+
+if TYPE_CHECKING:
+    from megawan.parallel.context import ContextParallel
+
+Grid = tuple[int, int, int]
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def token_grid(latent_shape: tuple[int, ...] | torch.Size, patch: Grid) -> Grid:
+    """Return how many tokens (t, h, w) a latent of shape [..., T, H, W] has; raises ValueError if the patch does not fit."""
+    sizes = tuple(latent_shape[-3:])
+    if len(sizes) < 3 or any(size < 1 or size % side for size, side in zip(sizes, patch, strict=True)):
+        raise ValueError(
+            f"latent of shape {tuple(latent_shape)}: T, H, W must be positive multiples of the patch {patch}"
+        )
+    t, h, w = (size // side for size, side in zip(sizes, patch, strict=True))
+    return t, h, w
+
+
+def patchify(x: Tensor, patch: Grid) -> Tensor:
+    """Return the tokens of x [B, C, T, H, W] as [B, L, P], C fastest: the layout of the head and of the loss target."""
+    token_grid(x.shape, patch)
+    pt, ph, pw = patch
+    return rearrange(x, "b c (t pt) (h ph) (w pw) -> b (t h w) (pt ph pw c)", pt=pt, ph=ph, pw=pw)
+
+
+def unpatchify(tokens: Tensor, grid: Grid, patch: Grid) -> Tensor:
+    """Return the latent [B, C, T, H, W] of tokens [B, L, P]; the inverse of `patchify`."""
+    (t, h, w), (pt, ph, pw) = grid, patch
+    return rearrange(
+        tokens, "b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)", t=t, h=h, w=w, pt=pt, ph=ph, pw=pw
+    )
+
+
+def timestep_embedding(timestep: Tensor, dim: int) -> Tensor:
+    """Return cos(t·w) | sin(t·w), float64 [..., dim], with w_j = 10000^(−j/(dim/2)) and t on the 0..1000 scale."""
+    half = dim // 2
+    rates = torch.exp(
+        torch.arange(half, dtype=torch.float64, device=timestep.device) * (-math.log(10000.0) / half)
+    )
+    angles = timestep.double().unsqueeze(-1) * rates
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return softmax(q·kᵀ/√K)·v for q, k, v [B, L, N, K] by torch's own kernel."""
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    return out.transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """What the blocks know about this rank's tokens: nothing in it carries a gradient or belongs to a layer."""
+
+    length: int
+    """L, the true token count of the whole sample."""
+    clean: int
+    """How many of this rank's tokens, from its first, belong to clean frames."""
+    rope: tuple[Tensor, Tensor]
+    context: ContextParallel | None
+    kernel: Attention
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return self-attention of the whole sequence for this rank's q, [B, l, N, K]."""
+        if self.context is None:
+            return self.kernel(q, k, v)
+        return self.context.attend(q, k, v, self.kernel, self.length)
+
+
+class PatchEmbedding(nn.Module):
+    """One linear map from a token's latent numbers to the width: the Conv3d of the checkpoint with kernel = stride."""
+
+    def __init__(self, channels: int, dim: int, patch: Grid) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim, channels, *patch))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Return [B, l, D] from patches [B, l, C·patch], C slowest as in the convolution."""
+        return F.linear(patches.to(self.weight.dtype), self.weight.flatten(1), self.bias)
+
+
+class ImageEmbedding(nn.Module):
+    """CLIP features to width D; with two images, a learned position per CLIP token is added first."""
+
+    def __init__(self, image_dim: int, dim: int, positions: int | None) -> None:
+        super().__init__()
+        self.proj = nn.Sequential(
+            LayerNorm(image_dim),
+            nn.Linear(image_dim, image_dim),
+            nn.GELU(),
+            nn.Linear(image_dim, dim),
+            LayerNorm(dim),
+        )
+        self.emb_pos = nn.Parameter(torch.zeros(1, positions, image_dim)) if positions else None
+
+    def forward(self, clip: Tensor) -> Tensor:
+        """Return [B, rows, D] from clip [B, rows, image_dim]."""
+        if self.emb_pos is not None:
+            clip = clip + self.emb_pos
+        return self.proj(clip)  # type: ignore[no-any-return]
+
+
+class SelfAttention(nn.Module):
+    """Rotary attention over the whole sequence; q and k are normalised over all heads together."""
+
+    def __init__(self, dim: int, heads: int, eps: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(dim, dim)
+        self.k = nn.Linear(dim, dim)
+        self.v = nn.Linear(dim, dim)
+        self.o = nn.Linear(dim, dim)
+        self.norm_q = RMSNorm(dim, eps)
+        self.norm_k = RMSNorm(dim, eps)
+
+    def forward(self, x: Tensor, tokens: TokenLayout) -> Tensor:
+        """Return [B, l, D]."""
+        q = rotate(self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1)), *tokens.rope)
+        k = rotate(self.norm_k(self.k(x)).unflatten(-1, (self.heads, -1)), *tokens.rope)
+        v = self.v(x).unflatten(-1, (self.heads, -1))
+        return self.o(tokens.attend(q, k, v).flatten(2))  # type: ignore[no-any-return]
+
+
+class CrossAttention(nn.Module):
+    """Attention of the tokens to the text and, in a model with an image branch, to the CLIP tokens; their sum is projected.
+
+    No mask: every text row is attended, those past the prompt's end too (they are part of what Wan was trained with).
+    """
+
+    def __init__(self, dim: int, heads: int, eps: float, image: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(dim, dim)
+        self.k = nn.Linear(dim, dim)
+        self.v = nn.Linear(dim, dim)
+        self.o = nn.Linear(dim, dim)
+        self.norm_q = RMSNorm(dim, eps)
+        self.norm_k = RMSNorm(dim, eps)
+        if image:
+            self.k_img = nn.Linear(dim, dim)
+            self.v_img = nn.Linear(dim, dim)
+            self.norm_k_img = RMSNorm(dim, eps)
+
+    def forward(self, x: Tensor, text: Tensor, image: Tensor | None, kernel: Attention) -> Tensor:
+        """Return [B, l, D] from x [B, l, D], text [B, S, D] and image [B, rows, D] or None."""
+        split = (self.heads, -1)
+        q = self.norm_q(self.q(x)).unflatten(-1, split)
+        out = kernel(q, self.norm_k(self.k(text)).unflatten(-1, split), self.v(text).unflatten(-1, split))
+        if image is not None:
+            k_image = self.norm_k_img(self.k_img(image)).unflatten(-1, split)
+            out = out + kernel(q, k_image, self.v_img(image).unflatten(-1, split))
+        return self.o(out.flatten(2))  # type: ignore[no-any-return]
+
+
+class WanBlock(nn.Module):
+    """Self-attention, cross-attention and feed-forward, the first and last shifted, scaled and gated by the time."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.self_attn = SelfAttention(config.dim, config.num_heads, config.eps)
+        self.norm3 = LayerNorm(config.dim, config.eps)
+        self.cross_attn = CrossAttention(
+            config.dim, config.num_heads, config.eps, config.image_dim is not None
+        )
+        self.ffn = nn.Sequential(
+            nn.Linear(config.dim, config.ffn_dim),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(config.ffn_dim, config.dim),
+        )
+        self.modulation = nn.Parameter(torch.empty(1, 6, config.dim))
+
+    def forward(
+        self, x: Tensor, text: Tensor, image: Tensor | None, e0: Tensor, tokens: TokenLayout
+    ) -> Tensor:
+        """Return [B, l, D] from x [B, l, D]; e0 [B, R, 6, D] is the projected time."""
+        dtype, clean = text.dtype, tokens.clean
+        shift1, scale1, gate1, shift2, scale2, gate2 = (wide(self.modulation) + e0).unbind(2)
+        y = self.self_attn(modulated_norm(x, shift1, scale1, self.eps, clean).to(dtype), tokens)
+        x = gated_add(x, y, gate1, clean)
+        x = x + self.cross_attn(self.norm3(x), text, image, tokens.kernel)
+        y = self.ffn(modulated_norm(x, shift2, scale2, self.eps, clean).to(dtype))
+        return gated_add(x, y, gate2, clean)
+
+
+class VaceBlock(WanBlock):
+    """A block of VACE's side branch; its hint is added to the main stream."""
+
+    def __init__(self, config: WanConfig, first: bool) -> None:
+        super().__init__(config)
+        self.before_proj = nn.Linear(config.dim, config.dim) if first else None
+        self.after_proj = nn.Linear(config.dim, config.dim)
+
+    def forward(  # type: ignore[override]
+        self, c: Tensor, x: Tensor, text: Tensor, image: Tensor | None, e0: Tensor, tokens: TokenLayout
+    ) -> tuple[Tensor, Tensor]:
+        """Return (hint, c), each [B, l, D]; only the first block reads x, the embedded main stream."""
+        if self.before_proj is not None:
+            c = self.before_proj(c) + x
+        c = super().forward(c, text, image, e0, tokens)
+        return self.after_proj(c.to(text.dtype)), c
+
+
+LEAF_MODULES = (WanBlock, VaceBlock)
+
+
+class Head(nn.Module):
+    """Last norm, modulation by the unprojected time embedding, and the map to velocity tokens; all in float32."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.head = WideLinear(config.dim, config.token_width)
+        self.modulation = nn.Parameter(torch.empty(1, 2, config.dim))
+
+    def forward(self, x: Tensor, e: Tensor, clean: int) -> Tensor:
+        """Return [B, l, P] from x [B, l, D] and e [B, R, D]."""
+        shift, scale = (wide(self.modulation) + e.unsqueeze(2)).unbind(2)
+        return self.head(modulated_norm(x, shift, scale, self.eps, clean))  # type: ignore[no-any-return]
+
+
+class WanModel(nn.Module):
+    """The transformer of `config`. Parameters are made uninitialised: fill them from `initial` or a checkpoint.
+
+    attention: a kernel(q, k, v) on [B, L, N, K]; None chooses the fastest for the device on first use.
+    recompute: what the backward pass recomputes, see `recompute.parse_recompute`.
+    wide_residual: keep the residual stream in float32 under bfloat16 weights, as Wan's own inference code does; by
+    default it has the weights' dtype (each addition is still summed in float32), which halves its memory.
+    """
+
+    def __init__(
+        self,
+        config: WanConfig,
+        *,
+        attention: Attention | None = None,
+        recompute: str = "none",
+        wide_residual: bool = False,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.attention = attention
+        self.recompute = parse_recompute(recompute, config.num_layers)
+        self.wide_residual = wide_residual
+        self.rope = RopeTables(config.head_dim)
+        dim = config.dim
+        self.patch_embedding = PatchEmbedding(config.in_dim, dim, config.patch_size)
+        self.text_embedding = nn.Sequential(
+            nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+        )
+        self.time_embedding = nn.Sequential(WideLinear(config.freq_dim, dim), nn.SiLU(), WideLinear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), WideLinear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(WanBlock(config) for _ in range(config.num_layers))
+        self.head = Head(config)
+        if config.image_dim is not None:
+            self.img_emb = ImageEmbedding(config.image_dim, dim, config.pos_embed_seq_len)
+        if config.vace_layers:
+            self.vace_patch_embedding = PatchEmbedding(config.vace_in_dim, dim, config.patch_size)
+            self.vace_blocks = nn.ModuleList(
+                VaceBlock(config, first=i == 0) for i in range(len(config.vace_layers))
+            )
+
+    def forward(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        text: Tensor,
+        *,
+        context: ContextParallel | None = None,
+        clean_frames: int = 0,
+        clip: Tensor | None = None,
+        condition: Tensor | None = None,
+        vace: Tensor | None = None,
+        vace_scale: float = 1.0,
+    ) -> Tensor:
+        """Return this rank's velocity tokens [B, l, P], float32 (float64 in a double model), in `patchify`'s layout.
+
+        latents: noisy latent [B, C, T, H, W]; timestep: float32 [B] on the 0..1000 scale; text: [B, S, text_dim], S at
+        most text_len (Wan pads prompts to exactly text_len with zero rows).
+        clean_frames: the first latent frames that are given clean and get time 0 (TI2V: 1 with an image, 0 without).
+        clip: [B, 257 or 514, image_dim]; condition: [B, in_dim − C, T, H, W], concatenated after the latent channels;
+        vace: [B, vace_in_dim, T, H, W], whose hints are added `vace_scale` times.
+        Raises ValueError for an input that does not fit the configuration.
+        """
+        self._check(latents, timestep, text, clean_frames, clip, condition, vace)
+        config = self.config
+        grid = token_grid(latents.shape, config.patch_size)
+        dtype = self.patch_embedding.weight.dtype
+        tokens = self._layout(grid, clean_frames, context, latents.device, dtype)
+
+        channels = latents if condition is None else torch.cat((latents, condition.to(latents.dtype)), dim=1)
+        x = self.patch_embedding(self._local_patches(channels, context))
+        text_tokens = self.text_embedding(text.to(dtype))
+        image_tokens = None if clip is None else self.img_emb(clip.to(dtype))
+        e = self.time_embedding(
+            self._times(timestep, clean_frames).to(torch.promote_types(dtype, torch.float32))
+        )
+        e0 = self.time_projection(e).unflatten(-1, (6, config.dim))
+        if self.wide_residual:
+            x = wide(x)
+
+        main, c = x, None if vace is None else self.vace_patch_embedding(self._local_patches(vace, context))
+        for index, block in enumerate(self.blocks):
+            hint = None
+            if c is not None and index in config.vace_layers:
+                place = config.vace_layers.index(index)
+                hint, c = self.recompute.run(
+                    index, self.vace_blocks[place], c, main, text_tokens, image_tokens, e0, tokens
+                )
+            x = self.recompute.run(index, block, x, text_tokens, image_tokens, e0, tokens)
+            if hint is not None:
+                x = x + hint * vace_scale
+        return self.head(x, e, tokens.clean)  # type: ignore[no-any-return]
+
+    def velocity(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        text: Tensor,
+        *,
+        context: ContextParallel | None = None,
+        clean_frames: int = 0,
+        clip: Tensor | None = None,
+        condition: Tensor | None = None,
+        vace: Tensor | None = None,
+        vace_scale: float = 1.0,
+    ) -> Tensor:
+        """Return the whole velocity [B, C, T, H, W] on every rank: `forward`, gathered and put back on the grid."""
+        tokens = self(
+            latents,
+            timestep,
+            text,
+            context=context,
+            clean_frames=clean_frames,
+            clip=clip,
+            condition=condition,
+            vace=vace,
+            vace_scale=vace_scale,
+        )
+        grid = token_grid(latents.shape, self.config.patch_size)
+        if context is not None:
+            tokens = context.gather(tokens, math.prod(grid))
+        return unpatchify(tokens, grid, self.config.patch_size)
+
+    def _local_patches(self, x: Tensor, context: ContextParallel | None) -> Tensor:
+        """Return this rank's rows [B, l, C·patch], C slowest; cut before the embedding, so that a rank embeds only its own."""
+        pt, ph, pw = self.config.patch_size
+        patches = rearrange(x, "b c (t pt) (h ph) (w pw) -> b (t h w) (c pt ph pw)", pt=pt, ph=ph, pw=pw)
+        return patches if context is None else context.shard(patches)
+
+    def _times(self, timestep: Tensor, clean_frames: int) -> Tensor:
+        """Return the sinusoids of the modulation rows, float64 [B, R, freq_dim]: (t), or (0, t) with clean frames."""
+        rows = timestep.unsqueeze(1)
+        if clean_frames:
+            rows = torch.cat((torch.zeros_like(rows), rows), dim=1)
+        return timestep_embedding(rows, self.config.freq_dim)
+
+    def _layout(
+        self,
+        grid: Grid,
+        clean_frames: int,
+        context: ContextParallel | None,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> TokenLayout:
+        length = math.prod(grid)
+        start, stop, local = 0, length, length
+        if context is not None:
+            local = context.local_length(length)
+            start, stop = context.local_range(length)
+        clean_tokens = clean_frames // self.config.patch_size[0] * grid[1] * grid[2]
+        clean = min(max(clean_tokens - start, 0), local)
+        rope = self.rope.rows(grid, start, stop, local, device, torch.promote_types(dtype, torch.float32))
+        return TokenLayout(length, clean, rope, context, self.attention or scaled_dot_product)
+
+    def _check(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        text: Tensor,
+        clean_frames: int,
+        clip: Tensor | None,
+        condition: Tensor | None,
+        vace: Tensor | None,
+    ) -> None:
+        """Raise ValueError where an input does not fit the configuration; reads shapes only."""
+        config = self.config
+        if latents.ndim != 5:
+            raise ValueError(f"latents must be [B, C, T, H, W], not {tuple(latents.shape)}")
+        batch, channels, frames = latents.shape[:3]
+        extra = 0 if condition is None else condition.shape[1]
+        if channels + extra != config.in_dim:
+            raise ValueError(
+                f"latents have {channels} channels and the condition {extra}: the model embeds in_dim {config.in_dim} together"
+            )
+        if condition is not None and condition.shape != (batch, extra, *latents.shape[2:]):
+            raise ValueError(
+                f"condition {tuple(condition.shape)} and latents {tuple(latents.shape)} must share B, T, H, W"
+            )
+        if tuple(timestep.shape) != (batch,):
+            raise ValueError(f"timestep must be [{batch}], one per sample, not {tuple(timestep.shape)}")
+        if (
+            text.ndim != 3
+            or text.shape[0] != batch
+            or text.shape[2] != config.text_dim
+            or text.shape[1] > config.text_len
+        ):
+            raise ValueError(
+                f"text must be [{batch}, S <= {config.text_len}, {config.text_dim}], not {tuple(text.shape)}"
+            )
+        if not 0 <= clean_frames <= frames or clean_frames % config.patch_size[0]:
+            raise ValueError(
+                f"clean_frames {clean_frames} must be whole patches between 0 and the latent's {frames} frames"
+            )
+        if (clip is None) != (config.image_dim is None):
+            has = "needs" if clip is None else "has no image branch for"
+            raise ValueError(
+                f"a {config.model_type} model with image_dim {config.image_dim} {has} clip features"
+            )
+        if clip is not None and tuple(clip.shape) != (batch, config.clip_tokens, config.image_dim):
+            wanted = [batch, config.clip_tokens, config.image_dim]
+            raise ValueError(f"clip must be {wanted}, not {list(clip.shape)}")
+        if (vace is None) != (not config.vace_layers):
+            raise ValueError(
+                f"a model with vace_layers {config.vace_layers} {'needs a' if vace is None else 'takes no'} vace input"
+            )
+        if vace is not None and tuple(vace.shape) != (batch, config.vace_in_dim, *latents.shape[2:]):
+            wanted = [batch, config.vace_in_dim, *latents.shape[2:]]
+            raise ValueError(f"vace must be {wanted}, not {list(vace.shape)}")
