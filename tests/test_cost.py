@@ -1,0 +1,236 @@
+"""The cost formulas against the published checkpoints and the arithmetic printed for them."""
+
+import pytest
+
+from megawan import cost
+from megawan.cost import ModelShape
+
+T2V_1_3B = ModelShape(1536, 8960, 12, 30, 16, 16)
+TI2V_5B = ModelShape(3072, 14336, 24, 30, 48, 48)
+T2V_14B = ModelShape(5120, 13824, 40, 40, 16, 16)
+I2V_14B = ModelShape(5120, 13824, 40, 40, 36, 16, image_branch=True)
+FLF2V_14B = ModelShape(5120, 13824, 40, 40, 36, 16, image_branch=True, image_tokens=514, image_positions=True)
+
+
+@pytest.mark.parametrize(
+    ("shape", "total"),
+    [
+        (T2V_1_3B, 1_418_996_800),
+        (TI2V_5B, 4_999_787_712),
+        (T2V_14B, 14_288_491_584),
+        (ModelShape(5120, 13824, 40, 40, 36, 16), 14_288_901_184),  # I2V-A14B, one expert
+        (I2V_14B, 16_394_878_784),
+        (FLF2V_14B, 16_395_536_704),
+        (ModelShape(1536, 8960, 12, 30, 36, 16, image_branch=True), 1_564_428_608),
+        (ModelShape(1536, 8960, 12, 30, 48, 16, image_branch=True), 1_564_502_336),
+        (ModelShape(1536, 8960, 12, 30, 16, 16, vace_layers=15), 2_153_972_032),
+        (ModelShape(5120, 13824, 40, 40, 16, 16, vace_layers=8), 17_337_592_896),
+    ],
+)
+def test_parameters_are_those_of_the_published_checkpoints(shape: ModelShape, total: int) -> None:
+    assert cost.parameters(shape) == total
+
+
+@pytest.mark.parametrize(
+    ("shape", "block"),
+    [(T2V_1_3B, 46_440_704), (TI2V_5B, 163_656_704), (T2V_14B, 351_394_304), (I2V_14B, 403_838_464)],
+)
+def test_block_parameters(shape: ModelShape, block: int) -> None:
+    assert cost.block_parameters(shape) == block
+
+
+# Petaflops of one sample, and what a FLOP counter finds in the linear and convolution layers of the forward.
+@pytest.mark.parametrize(
+    ("shape", "tokens", "attention_share", "forward", "train", "full", "linear_only"),
+    [
+        (T2V_1_3B, 32_760, 0.710, 0.283, 0.85, 1.13, 0.93),
+        (T2V_1_3B, 75_600, 0.849, 1.250, 3.75, 5.00, 3.94),
+        (TI2V_5B, 27_280, 0.541, 0.517, 1.55, 2.07, 1.79),
+        (T2V_14B, 20_280, 0.415, 0.832, 2.50, 3.33, 2.98),
+        (T2V_14B, 32_760, 0.532, 1.678, 5.04, 6.71, 5.82),
+        (T2V_14B, 37_440, 0.565, 2.061, 6.18, 8.25, 7.08),
+        (T2V_14B, 75_600, 0.723, 6.523, 19.57, 26.09, 21.38),
+    ],
+)
+def test_step_flops(
+    shape: ModelShape,
+    tokens: int,
+    attention_share: float,
+    forward: float,
+    train: float,
+    full: float,
+    linear_only: float,
+) -> None:
+    flops = cost.forward_flops(shape, tokens)
+    block = cost.block_flops(shape, tokens)
+    attention = shape.num_layers * (block.self_attention + block.cross_attention)
+    step = cost.train_flops(shape, tokens)
+    assert attention / flops == pytest.approx(attention_share, abs=5e-4)
+    assert flops / 1e15 == pytest.approx(forward, abs=5.1e-4)
+    assert step / 1e15 == pytest.approx(train, abs=5.1e-3)
+    assert (step + cost.recompute_flops(shape, tokens, "full")) / 1e15 == pytest.approx(full, abs=5.1e-3)
+    assert (step + shape.num_layers * block.linear) / 1e15 == pytest.approx(linear_only, abs=5.1e-3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "tokens", "petaflops"),
+    [
+        (T2V_1_3B, 32_760, 0.0821),
+        (TI2V_5B, 27_280, 0.2375),
+        (T2V_14B, 32_760, 0.7854),
+        (T2V_14B, 75_600, 1.8097),
+    ],
+)
+def test_linear_flops_are_what_a_flop_counter_finds(shape: ModelShape, tokens: int, petaflops: float) -> None:
+    block = cost.block_flops(shape, tokens)
+    linear = cost.forward_flops(shape, tokens) - shape.num_layers * (
+        block.self_attention + block.cross_attention
+    )
+    assert linear / 1e15 == pytest.approx(petaflops, abs=5.1e-5)
+
+
+def test_recompute_grows_with_what_is_not_kept() -> None:
+    extra = [cost.recompute_flops(T2V_14B, 32_760, policy) for policy in cost.POLICIES]
+    kept = [cost.activation_bytes(T2V_14B, 32_760, policy) for policy in cost.POLICIES]
+    assert extra == sorted(extra) and extra[:2] == [0, 0] and extra[2] < extra[3]
+    assert kept == sorted(kept, reverse=True) and len(set(kept)) == 4
+    assert cost.recompute_flops(T2V_14B, 32_760, "full", layers=8) * 5 == extra[3]
+
+
+def test_image_tokens_add_keys_and_values_but_no_queries() -> None:
+    plain = cost.block_flops(ModelShape(5120, 13824, 40, 40, 36, 16), 20_280)
+    image = cost.block_flops(I2V_14B, 20_280)
+    assert image.self_attention == plain.self_attention
+    assert image.linear - plain.linear == 4 * 257 * 5120**2
+    assert image.cross_attention - plain.cross_attention == 4 * 20_280 * 257 * 5120
+
+
+@pytest.mark.parametrize(
+    ("shape", "tokens", "none", "selective", "attention", "full"),
+    [
+        (T2V_1_3B, 32_760, 86.6, 47.9, 6.1, 3.0),
+        (TI2V_5B, 27_280, 132.6, 73.9, 10.1, 5.0),
+        (T2V_14B, 32_760, 301.0, 170.8, 27.0, 13.4),
+        (T2V_14B, 75_600, 694.6, 394.2, 62.4, 31.0),
+    ],
+)
+def test_activation_gigabytes(
+    shape: ModelShape, tokens: int, none: float, selective: float, attention: float, full: float
+) -> None:
+    kept = [cost.activation_bytes(shape, tokens, policy) / 1e9 for policy in cost.POLICIES]
+    assert kept == pytest.approx([none, selective, attention, full], abs=0.051)
+
+
+def test_activations_divide_by_the_context_parallel_size() -> None:
+    whole = cost.activation_bytes(T2V_14B, 32_760, "full")
+    assert cost.activation_bytes(T2V_14B, 32_760, "full", cp_size=8) * 8 == whole
+    # 32,760 is not a multiple of 16: eight tokens of padding
+    assert (
+        cost.activation_bytes(T2V_14B, 32_760, "full", cp_size=16) * 16
+        == whole + 8 * (5120 * 2) * T2V_14B.num_layers
+    )
+
+
+@pytest.mark.parametrize(("tokens", "gigabytes"), [(32_760, 7.5), (75_600, 17.4)])
+def test_one_block_at_work(tokens: int, gigabytes: float) -> None:
+    assert cost.block_working_bytes(T2V_14B, tokens) / 1e9 == pytest.approx(gigabytes, abs=0.051)
+
+
+@pytest.mark.parametrize(("shape", "gigabytes"), [(T2V_1_3B, 22.7), (TI2V_5B, 80.0), (T2V_14B, 228.6)])
+def test_model_states_are_sixteen_bytes_a_parameter(shape: ModelShape, gigabytes: float) -> None:
+    params = cost.parameters(shape)
+    assert cost.model_state_bytes_per_rank(params, 1, 0) == 16 * params
+    assert cost.model_state_bytes_per_rank(params, 1, 3) / 1e9 == pytest.approx(gigabytes, abs=0.051)
+    assert cost.model_state_bytes_per_rank(params, 1, 3, "fp32") == 16 * params
+    assert cost.model_states(params, 1, 3, gradient_bytes=4).total == 18 * params
+
+
+def test_each_zero_stage_shards_one_thing_more() -> None:
+    params = 8_000
+    stages = [cost.model_states(params, 8, stage) for stage in range(4)]
+    assert [stage.optimizer for stage in stages] == [12 * params, 12 * 1_000, 12 * 1_000, 12 * 1_000]
+    assert [stage.gradients for stage in stages] == [2 * params, 2 * params, 2 * 1_000, 2 * 1_000]
+    assert [stage.weights for stage in stages] == [2 * params, 2 * params, 2 * params, 2 * 1_000]
+    per_gpu = [
+        cost.model_state_bytes_per_rank(cost.parameters(T2V_14B), world, 3) / 1e9 for world in (8, 16, 32)
+    ]
+    assert per_gpu == pytest.approx([28.6, 14.3, 7.1], abs=0.051)
+
+
+@pytest.mark.parametrize(
+    ("shape", "tokens", "ulysses", "ring", "gather"),
+    [
+        (T2V_14B, 32_760, 147, 587, 615),
+        (T2V_14B, 75_600, 339, 1355, 615),
+        (TI2V_5B, 27_280, 73, None, 286),
+        (T2V_1_3B, 32_760, 44, None, 81),
+    ],
+)
+def test_megabytes_on_the_wire_of_eight(
+    shape: ModelShape, tokens: int, ulysses: int, ring: int | None, gather: int
+) -> None:
+    assert round(cost.ulysses_bytes(shape, tokens, 8) / 1e6) == ulysses
+    if ring is not None:
+        assert round(cost.ring_bytes(shape, tokens, 1, 8) / 1e6) == ring
+    assert round(cost.gather_bytes(cost.block_parameters(shape), 8) / 1e6) == gather
+
+
+@pytest.mark.parametrize("degree", [2, 4, 8])
+def test_a_ring_sends_half_its_degree_times_ulysses(degree: int) -> None:
+    ulysses = cost.ulysses_bytes(T2V_14B, 32_760, degree)
+    assert cost.ring_bytes(T2V_14B, 32_760, 1, degree) * 2 == ulysses * degree
+
+
+def test_one_rank_sends_nothing() -> None:
+    assert cost.ulysses_bytes(T2V_14B, 1_000, 1) == cost.ring_bytes(T2V_14B, 1_000, 1, 1) == 0
+    assert cost.gather_bytes(1_000, 1) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "teraflops"),
+    [
+        ("NVIDIA H200", 989),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H20", 148),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A800-SXM4-80GB", 312),
+        ("NVIDIA A10", 125),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA GB200", 2500),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L4", 121),
+        ("AMD Instinct MI300X", 1307),
+    ],
+)
+def test_peak_by_device_name(name: str, teraflops: float) -> None:
+    assert cost.peak_flops(name) == pytest.approx(teraflops * 1e12)
+
+
+@pytest.mark.parametrize("name", ["NVIDIA RTX A4000", "NVIDIA A10G", "Tesla V100-SXM2-32GB", "cpu", ""])
+def test_an_unknown_device_has_no_peak(name: str) -> None:
+    assert cost.peak_flops(name) is None
+
+
+def test_mfu_of_a_published_run() -> None:
+    # Wan 14B at 37,440 tokens on 128 H100: 325.77 TFLOP/s a GPU was printed as 32.9 %.
+    assert cost.mfu(325.77e12 * 128 * 2.0, 2.0, 128, 989e12) == pytest.approx(0.329, abs=5e-4)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: cost.activation_bytes(T2V_14B, 1_000, "some"),
+        lambda: cost.recompute_flops(T2V_14B, 1_000, "some"),
+        lambda: cost.recompute_flops(T2V_14B, 1_000, "full", layers=41),
+        lambda: cost.model_states(1, 1, 4),
+        lambda: cost.model_states(1, 0, 3),
+        lambda: cost.model_states(1, 1, 3, "fp8"),
+        lambda: cost.local_tokens(0, 1),
+        lambda: cost.mfu(1.0, 0.0, 1, 1.0),
+    ],
+)
+def test_impossible_questions_are_refused(call) -> None:
+    with pytest.raises(ValueError, match="legal|must|has"):
+        call()
