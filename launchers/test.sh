@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Sets up (once) and runs the quick tests; words after it go to pytest: `launchers/test.sh tests/flow -k window`.
+# Longer suites are chosen by name: -m grid, -m faults, -m slurm, -m gpu.
+set -euo pipefail
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+bash "$root/launchers/setup.sh"
+python="$root/.venv/bin/python"
+[[ "${MEGAWAN_SYSTEM_PYTHON:-}" != 1 ]] || python="${PYTHON:-python3}"
+
+# One thread a process: the tests start several, and the sums come out the same on every machine.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+cd "$root"
+exec "$python" -m pytest "$@"
