@@ -21,7 +21,7 @@ for compiler in gcc g++; do
         fail "no $compiler on PATH; DeepSpeed compiles a small extension with it (Debian: apt-get install g++)"
 done
 
-install() { "$bin" -m pip install --quiet --disable-pip-version-check "$@"; }
+install() { "$bin" -m pip install -qq --disable-pip-version-check "$@"; }
 
 if [[ "${MEGAWAN_SYSTEM_PYTHON:-}" == 1 ]]; then
     bin="$(command -v "$python")"

@@ -5,8 +5,11 @@ set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 bash "$root/launchers/setup.sh"
-python="$root/.venv/bin/python"
-[[ "${MEGAWAN_SYSTEM_PYTHON:-}" != 1 ]] || python="${PYTHON:-python3}"
+python="${PYTHON:-python3}"
+if [[ "${MEGAWAN_SYSTEM_PYTHON:-}" != 1 ]]; then
+    python="$root/.venv/bin/python"
+    export PATH="$root/.venv/bin:$PATH" # ninja, for DeepSpeed's extension
+fi
 
 # One thread a process: the tests start several, and the sums come out the same on every machine.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
