@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from megawan.models.keys import expected_shapes
 from megawan.models.variants import WanConfig
 from megawan.models.wan import WanModel
 from megawan.rng import generator_at
@@ -34,6 +35,35 @@ def initial_tensor(name: str, shape: Sequence[int], config: WanConfig, seed: int
     fan_out, fan_in = shape[0], math.prod(shape[1:])
     bound = math.sqrt(6 / (fan_in + fan_out))
     return (torch.rand(shape, generator=generator) * 2 - 1) * bound
+
+
+class InitialWeights:
+    """The initial values of a whole model as a lazy source of tensors, made one at a time."""
+
+    def __init__(self, config: WanConfig, seed: int) -> None:
+        self.config = config
+        self.seed = seed
+        self._shapes = expected_shapes(config)
+
+    def keys(self) -> list[str]:
+        """Return the native parameter names in the model's order."""
+        return list(self._shapes)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Return a parameter's shape."""
+        return self._shapes[key]
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Return float32, the dtype of every initial value."""
+        return torch.float32
+
+    def load(self, key: str) -> Tensor:
+        """Return the initial value, CPU float32."""
+        return initial_tensor(key, self._shapes[key], self.config, self.seed)
+
+    def describe(self) -> str:
+        """Return what this is, for the start-up lines."""
+        return f"initial values of seed {self.seed}"
 
 
 @torch.no_grad()

@@ -22,12 +22,12 @@ def rope_angles(grid: tuple[int, int, int], head_dim: int, start: int, stop: int
 
     Axis of width D turns pair i of position p by p · 10000^(−2i/D); the axes are concatenated t | h | w.
     """
-    index = torch.arange(start, stop)
+    index = torch.arange(start, stop, device="cpu")
     _, height, width = grid
     places = (index // (height * width), index // width % height, index % width)
     angles = []
     for place, size in zip(places, axis_widths(head_dim), strict=True):
-        frequency = THETA ** (-torch.arange(0, size, 2, dtype=torch.float64) / max(size, 1))
+        frequency = THETA ** (-torch.arange(0, size, 2, dtype=torch.float64, device="cpu") / max(size, 1))
         angles.append(torch.outer(place.double(), frequency))
     return torch.cat(angles, dim=1)
 
@@ -54,7 +54,7 @@ class RopeTables:
         """
         key = (grid, start, stop, length, device, dtype)
         if key not in self._kept:
-            angles = torch.zeros(length, self.head_dim // 2, dtype=torch.float64)
+            angles = torch.zeros(length, self.head_dim // 2, dtype=torch.float64, device="cpu")
             angles[: stop - start] = rope_angles(grid, self.head_dim, start, stop)
             cos, sin = (
                 table.unsqueeze(1).to(device=device, dtype=dtype) for table in (angles.cos(), angles.sin())

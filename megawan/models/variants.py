@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 Task = Literal["t2v", "i2v", "flf2v", "ti2v", "control", "vace"]
@@ -89,6 +88,11 @@ class WanConfig:
     def token_width(self) -> int:
         """P: numbers in one output token, out_dim x patch volume."""
         return self.out_dim * self.patch_volume
+
+    @property
+    def has_clip(self) -> bool:
+        """Whether the model has an image branch that reads CLIP features."""
+        return self.image_dim is not None
 
     @property
     def clip_tokens(self) -> int | None:
@@ -224,19 +228,3 @@ def get_variant(name: str) -> Variant:
         if variant.name.lower() == name.lower():
             return variant
     raise ValueError(f"unknown model variant {name!r}; legal: {', '.join(VARIANTS)}")
-
-
-@dataclass(frozen=True)
-class ModelOptions:
-    """Which model is trained, from which weights, and what it keeps for the backward pass."""
-
-    variant: str = "debug"
-    """Model variant: t2v-1.3B, t2v-14B, ti2v-5B, ... or debug (a tiny one that runs on a laptop)."""
-    init_from: Path | None = None
-    """Weights to start from, in any known layout (file or folder); default: random initial values."""
-    initialise_missing: bool = False
-    """Allow init_from to hold only part of the model; what it lacks starts from initial values and is listed."""
-    recompute: str = "none"
-    """Activations to recompute in the backward pass: none, full, or full:K (the first K blocks only)."""
-    attention: str = "auto"
-    """Attention kernel; auto takes the fastest one that this device has."""
