@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Trains on the machines of a hostfile (lines such as "node1 slots=8"), over ssh without passwords and pdsh, the same
-# checkout at the same path on each. Words after it go to megawan/train.py:
+# Trains on the machines of a hostfile (lines such as "node1 slots=8"), over pdsh and ssh without passwords, with the
+# same checkout at the same path on each. Words after it go to train.py:
 #   HOSTFILE=hosts.txt bash launchers/train_multinode.sh --deepspeed ds_configs/zero3.json --model.variant t2v-14B ...
 #   MASTER_PORT=29500    a free port of the first machine
 # Under Slurm use slurm/*.sh instead.
@@ -12,8 +12,11 @@ fail() { printf 'launchers/train_multinode.sh: error: %s\n' "$1" >&2; exit 2; }
 [[ -f "$HOSTFILE" ]] || fail "HOSTFILE $HOSTFILE is not a file"
 # The launcher of DeepSpeed pastes these two into a remote shell line without quotes.
 [[ "$root$PWD" != *[[:space:]]* ]] || fail "neither the checkout nor the working directory may have a space in its path"
+python="${PYTHON:-python3}"
 if [[ "${MEGAWAN_SYSTEM_PYTHON:-}" != 1 ]]; then
-    [[ -x "$root/.venv/bin/deepspeed" ]] || fail "no .venv yet; run bash launchers/setup.sh"
+    python="$root/.venv/bin/python"
     export PATH="$root/.venv/bin:$PATH"
 fi
-exec deepspeed --hostfile "$HOSTFILE" --master_port "${MASTER_PORT:-29500}" "$root/megawan/train.py" "$@"
+command -v "$python" >/dev/null || fail "no $python; run bash launchers/setup.sh"
+exec "$python" -m deepspeed.launcher.runner --hostfile "$HOSTFILE" --master_port "${MASTER_PORT:-29500}" \
+    "$root/megawan/train.py" "$@"
