@@ -188,13 +188,19 @@ class StepWeights:
         self.step = int(self.manifest["step"])
         self._places: dict[tuple[str, str], list[tuple[int, int, Path]]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._handles: dict[Path, Any] = {}
         for name in sorted(self.manifest["files"]):
             self._index(folder / name)
 
+    def _opened(self, file: Path) -> Any:
+        # Headers are parsed once a file, not once a tensor; the bytes are mapped, not read.
+        if file not in self._handles:
+            self._handles[file] = safe_open(file, framework="pt").__enter__()
+        return self._handles[file]
+
     def _index(self, file: Path) -> None:
         try:
-            with safe_open(file, framework="pt") as opened:
-                table = json.loads((opened.metadata() or {}).get("fragments", "{}"))
+            table = json.loads((self._opened(file).metadata() or {}).get("fragments", "{}"))
         except (OSError, SafetensorError, ValueError) as error:
             raise DamagedCheckpoint(f"{file}: {error}") from None
         for tensor_name, (start, length, shape) in table.items():
@@ -228,9 +234,8 @@ class StepWeights:
         for piece_start, piece_length, file in self._places.get((kind, name), []):
             low, high = max(start, piece_start), min(start + length, piece_start + piece_length)
             if low < high:
-                with safe_open(file, framework="pt") as opened:
-                    piece = opened.get_slice(f"{kind}/{name}")[low - piece_start : high - piece_start]
-                values[low - start : high - start] = piece
+                held = self._opened(file).get_slice(f"{kind}/{name}")
+                values[low - start : high - start] = held[low - piece_start : high - piece_start]
                 covered += high - low
         if covered != length:
             raise DamagedCheckpoint(f"{self.folder}: {kind} of {name} covers {covered} of {length} elements")

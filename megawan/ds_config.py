@@ -22,15 +22,17 @@ class Resolved:
     precision: Precision
 
 
-def find(path: str, root: Path) -> Path:
-    """Return the file that `path` names: as given, from the current directory, or from the repository `root`.
+def find(path: str, package: Path) -> Path:
+    """Return the file that `path` names: from the current directory, or among those that the project ships.
 
-    Raises FileNotFoundError that lists the files the project ships.
+    They lie beside `package` (the folder megawan/) in a checkout and inside it in an installed copy.
+    Raises FileNotFoundError that lists them.
     """
-    for candidate in (Path(path), root / path):
+    for candidate in (Path(path), package.parent / path, package / path):
         if candidate.is_file():
             return candidate
-    shipped = ", ".join(f"ds_configs/{file.name}" for file in sorted((root / "ds_configs").glob("*.json")))
+    homes = (package.parent / "ds_configs", package / "ds_configs")
+    shipped = ", ".join(f"ds_configs/{file.name}" for home in homes for file in sorted(home.glob("*.json")))
     raise FileNotFoundError(f"--deepspeed {path}: no such file; the project ships {shipped}")
 
 

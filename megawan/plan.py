@@ -23,7 +23,7 @@ from megawan.models.variants import Variant, get_variant
 from megawan.models.wan import token_grid
 from megawan.parallel.topology import Topology, validate
 
-ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = Path(__file__).resolve().parent
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def _resolve(config: TrainConfig, place: Environment) -> Plan:
         raise ValueError(f"--data.workers {config.data.workers} must be 0 or more")
     if config.model.init_from is not None and not config.model.init_from.exists():
         raise FileNotFoundError(f"--model.init_from {config.model.init_from}: no such file or folder")
-    file = ds_config.find(config.deepspeed, ROOT)
+    file = ds_config.find(config.deepspeed, PACKAGE)
     resolved = ds_config.resolve(
         ds_config.read(file),
         where=f"--deepspeed {file}",
@@ -185,10 +185,10 @@ def latent_shape(
 
 
 def run_folder(config: TrainConfig) -> Path:
-    """Return the run folder: --output, or a new one named by variant and time."""
+    """Return the run folder: --output, or a new one under ./runs named by variant and time."""
     if config.output is not None:
         return config.output
-    return ROOT / "runs" / f"{config.model.variant}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    return Path("runs") / f"{config.model.variant}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
 
 
 def _tokens(shape: tuple[int, int, int, int], patch: tuple[int, int, int]) -> int:

@@ -71,11 +71,11 @@ def test_contradictions_are_refused(file: dict[str, Any], words: str) -> None:
 
 def test_finding_and_reading_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert ds_config.find("ds_configs/zero3.json", ROOT) == ROOT / "ds_configs/zero3.json"
+    assert ds_config.find("ds_configs/zero3.json", ROOT / "megawan") == ROOT / "ds_configs/zero3.json"
     (tmp_path / "mine.json").write_text("[1]")
-    assert ds_config.find("mine.json", ROOT) == Path("mine.json")
+    assert ds_config.find("mine.json", ROOT / "megawan") == Path("mine.json")
     with pytest.raises(FileNotFoundError, match=r"ds_configs/zero2\.json"):
-        ds_config.find("nope.json", ROOT)
+        ds_config.find("nope.json", ROOT / "megawan")
     with pytest.raises(ValueError, match="must be an object, found list"):
         ds_config.read(Path("mine.json"))
     (tmp_path / "mine.json").write_text("{,}")

@@ -1,0 +1,88 @@
+"""From captions to latents with a plain, unsharded model: the inference side of what training optimises."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megawan.checkpoint import StepWeights, step_folders
+from megawan.flow.solver import Progress, euler_sample, guided
+from megawan.models.initial import InitialWeights
+from megawan.models.layouts import TensorSource, open_weights
+from megawan.models.variants import WanConfig, get_variant
+from megawan.models.wan import WanModel
+from megawan.rng import generator_at
+
+
+def open_model_weights(path: Path) -> tuple[TensorSource, WanConfig]:
+    """Return the tensors and architecture of a training checkpoint (step folder or run folder) or of exported weights.
+
+    Raises ValueError or FileNotFoundError naming the path when it is neither.
+    """
+    step_folder = find_step_folder(path)
+    if step_folder is not None:
+        saved = StepWeights(step_folder)
+        return saved, get_variant(saved.manifest["variant"]).config
+    opened = open_weights(path)
+    return opened, opened.config
+
+
+def find_step_folder(path: Path) -> Path | None:
+    """Return the step folder that `path` is, or the newest one of the run folder that `path` is, else None."""
+    if (path / "manifest.json").is_file():
+        return path
+    folders = step_folders(path / "checkpoints") or step_folders(path)
+    return folders[0] if folders else None
+
+
+def random_weights(variant: str, seed: int) -> tuple[TensorSource, WanConfig]:
+    """Return the untrained weights that a run of this variant and seed starts from."""
+    wan = get_variant(variant).config
+    return InitialWeights(wan, seed), wan
+
+
+@torch.no_grad()
+def build(source: TensorSource, wan: WanConfig, device: torch.device, dtype: torch.dtype) -> WanModel:
+    """Return the model in evaluation mode, filled one tensor at a time."""
+    with torch.device("meta"):
+        model = WanModel(wan)
+    model.to_empty(device=device)
+    model.to(dtype)
+    for name, parameter in model.named_parameters():
+        parameter.copy_(source.load(name))
+    return model.eval()
+
+
+@torch.no_grad()
+def sample_latents(
+    model: WanModel,
+    text: Tensor,
+    empty_text: Tensor,
+    latent_shape: Sequence[int],
+    *,
+    steps: int,
+    shift: float,
+    guidance: float,
+    seed: int,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Return latents [B, C, T, H, W] float32 for text [B, S, text_dim] by Euler steps with classifier-free guidance.
+
+    empty_text [S, text_dim] is what guidance pushes away from. The start noise of sample i depends on (seed, i) alone,
+    so the batch size does not change a sample.
+    """
+    noise = torch.stack(
+        [torch.randn(tuple(latent_shape), generator=generator_at(seed, "sample", i)) for i in range(len(text))]
+    ).to(text.device)
+    negative_text = empty_text.expand_as(text)
+
+    def positive(x_t: Tensor, timestep: Tensor) -> Tensor:
+        return model.velocity(x_t, timestep, text)
+
+    def negative(x_t: Tensor, timestep: Tensor) -> Tensor:
+        return model.velocity(x_t, timestep, negative_text)
+
+    return euler_sample(
+        guided(positive, negative, guidance), noise, steps=steps, shift=shift, progress=progress
+    )
