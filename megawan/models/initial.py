@@ -1,4 +1,5 @@
-"""Initial weights as a pure function of (name, shape, seed): every layout, rank and device starts from the same numbers."""
+"""Initial weights as a pure function of (name, shape, seed): every layout, rank and device starts from the
+same numbers."""
 
 import math
 from collections.abc import Sequence
@@ -18,7 +19,8 @@ def initial_tensor(name: str, shape: Sequence[int], config: WanConfig, seed: int
     """Return the initial value of the parameter `name`, CPU float32 of `shape` (Wan's own distributions).
 
     Linear and patch weights Xavier-uniform, text and time embeddings normal with std 0.02, modulations
-    normal / sqrt(dim), norm weights 1; biases, the output head, the CLIP position embedding and VACE's projections 0.
+    normal / sqrt(dim), norm weights 1; biases, the output head, the CLIP position embedding and VACE's
+    projections 0.
     """
     shape = tuple(shape)
     parent, _, last = name.rpartition(".")
@@ -71,30 +73,3 @@ def initialise_(model: WanModel, seed: int) -> None:
     """Fill every parameter of an unsharded model with its initial value, in place."""
     for name, parameter in model.named_parameters():
         parameter.copy_(initial_tensor(name, parameter.shape, model.config, seed))
-
-
-class InitialWeights:
-    """The initial values of `config` as a TensorSource: made one tensor at a time, as if read from a file."""
-
-    def __init__(self, config: WanConfig, seed: int) -> None:
-        with torch.device("meta"):
-            model = WanModel(config)
-        self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        self._config = config
-        self._seed = seed
-
-    def keys(self) -> list[str]:
-        """Return the native parameter names."""
-        return list(self._shapes)
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        """Return a parameter's full shape."""
-        return self._shapes[key]
-
-    def dtype(self, key: str) -> torch.dtype:
-        """Return float32."""
-        return torch.float32
-
-    def load(self, key: str) -> Tensor:
-        """Return one initial tensor, CPU float32."""
-        return initial_tensor(key, self._shapes[key], self._config, self._seed)

@@ -89,7 +89,7 @@ def _rename(key: str, tables: tuple[dict[str, str], dict[str, str]]) -> str:
 
 
 def expected_shapes(config: WanConfig) -> dict[str, tuple[int, ...]]:
-    """Return every native key of this configuration with its shape, in the model's order, holding no weights."""
+    """Return every native key of this configuration with its shape, in the model's order."""
     with torch.device("meta"):
         model = WanModel(config)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -1,6 +1,8 @@
-"""The fp32 islands: operations that run in at least float32 whatever the weights are, and round once at the end.
+"""The fp32 islands: operations that run in at least float32 whatever the weights are, and round once at the
+end.
 
-Half-precision values are widened where they are used; float64 stays float64, so a model in double is exact throughout.
+Half-precision values are widened where they are used; float64 stays float64, so a model in double is exact
+throughout.
 """
 
 from typing import Any
@@ -46,7 +48,7 @@ class WideLinear(nn.Linear):
 
 
 class LayerNorm(nn.LayerNorm):
-    """Affine layer norm over the last axis in the weights' precision; torch's kernel computes in float32 inside."""
+    """Affine layer norm over the last axis; torch's kernel computes in float32 inside."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalised x in the weights' dtype; a wider x is reduced only after the norm."""
@@ -55,7 +57,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last axis, with a weight and without a bias; computed in float32 inside."""
+    """Root-mean-square norm over the last axis, with a weight; computed in float32 inside."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -70,8 +72,8 @@ class RMSNorm(nn.Module):
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float, clean: int) -> Tensor:
     """Return LN(x)·(1 + scale) + shift, float32 arithmetic and result, [B, l, D].
 
-    shift and scale: [B, R, D] where R is 1 (one row for all tokens) or 2 (row 0 for the first `clean` tokens, row 1
-    for the others: TI2V's clean frame and noisy rest). No per-token modulation is ever built.
+    shift and scale: [B, R, D] where R is 1 (one row for all tokens) or 2 (row 0 for the first `clean` tokens,
+    row 1 for the others: TI2V's clean frame and noisy rest). No per-token modulation is ever built.
     """
     y = F.layer_norm(wide(x), x.shape[-1:], eps=eps)
     gain = 1 + scale
@@ -83,7 +85,8 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float, clean: i
 
 
 def gated_add(x: Tensor, y: Tensor, gate: Tensor, clean: int) -> Tensor:
-    """Return x + y·gate, summed in float32 and rounded once to x's dtype; gate [B, R, D] as in `modulated_norm`."""
+    """Return x + y·gate, summed in float32 and rounded once to x's dtype; gate [B, R, D] as in
+    `modulated_norm`."""
     if gate.shape[1] == 1:
         return torch.addcmul(wide(x), wide(y), gate).to(x.dtype)
     head = torch.addcmul(wide(x[:, :clean]), wide(y[:, :clean]), gate[:, :1])

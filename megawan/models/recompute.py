@@ -1,6 +1,5 @@
 """What the backward pass recomputes instead of keeping: a policy per block, chosen by name."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,17 +17,17 @@ class Recompute:
     blocks: int
 
     def run(self, index: int, block: nn.Module, *inputs: object) -> Tensor:
-        """Return block(*inputs), keeping for the backward pass what the policy keeps of block number `index`."""
+        """Return block(*inputs), keeping for the backward pass what the policy keeps of block `index`."""
         if index >= self.blocks or self.policy == "none":
             return block(*inputs)  # type: ignore[no-any-return]
-        # The block is called as a module so that ZeRO-3's hooks gather its weights in the recomputation too; nothing
-        # in it draws random numbers, so there is no generator state to keep.
-        call: Callable[..., Tensor] = block
-        return checkpoint(call, *inputs, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
+        # The block is called as a module so that ZeRO-3's hooks gather its weights in the recomputation too;
+        # nothing in it draws random numbers, so there is no generator state to keep.
+        kept: Tensor = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return kept
 
 
 def parse_recompute(text: str, num_layers: int) -> Recompute:
-    """Return the policy that `text` names for a model of `num_layers` blocks; raises ValueError listing the legal forms."""
+    """Return the policy that `text` names for `num_layers` blocks; else ValueError with the legal forms."""
     policy, colon, count = text.partition(":")
     if text == "none":
         return Recompute("none", 0)

@@ -12,13 +12,14 @@ KEPT_TABLES = 8
 
 
 def axis_widths(head_dim: int) -> tuple[int, int, int]:
-    """Return how many of a head's numbers turn with (t, h, w): (d − 4⌊d/6⌋, 2⌊d/6⌋, 2⌊d/6⌋); 44, 42, 42 at 128."""
+    """Return the numbers of a head that turn with (t, h, w): d − 4⌊d/6⌋, 2⌊d/6⌋, 2⌊d/6⌋ (128: 44, 42, 42)."""
     side = 2 * (head_dim // 6)
     return head_dim - 2 * side, side, side
 
 
 def rope_angles(grid: tuple[int, int, int], head_dim: int, start: int, stop: int) -> Tensor:
-    """Return the angles of tokens start..stop−1 of the flattened (t, h, w) grid, float64 [stop − start, head_dim / 2].
+    """Return the angles of tokens start..stop−1 of the flattened (t, h, w) grid, float64 [stop − start,
+    head_dim / 2].
 
     Axis of width D turns pair i of position p by p · 10000^(−2i/D); the axes are concatenated t | h | w.
     """
@@ -33,7 +34,7 @@ def rope_angles(grid: tuple[int, int, int], head_dim: int, start: int, stop: int
 
 
 class RopeTables:
-    """Cosine and sine rows of this rank's tokens, kept for the last few (grid, rank, device) that were asked for."""
+    """Cosine and sine rows of this rank's tokens, kept for the last few grids that were asked for."""
 
     def __init__(self, head_dim: int) -> None:
         self.head_dim = head_dim
@@ -48,7 +49,8 @@ class RopeTables:
         device: torch.device,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
-        """Return (cos, sin), each [length, 1, head_dim / 2]: tokens start..stop−1, then identity rows for padding.
+        """Return (cos, sin), each [length, 1, head_dim / 2]: tokens start..stop−1, then identity rows for
+        padding.
 
         dtype float32 or float64; computed in float64 and rounded once.
         """
@@ -67,9 +69,9 @@ class RopeTables:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return x [B, l, N, K] with each interleaved pair (a, b) turned to (a·cos − b·sin, a·sin + b·cos), in x's dtype.
+    """Return x [B, l, N, K] with each pair (a, b) = (x_2i, x_2i+1) turned to (a·cos − b·sin, a·sin + b·cos).
 
-    cos, sin: [l, 1, K / 2]; arithmetic in float32 or wider.
+    cos, sin: [l, 1, K / 2]; arithmetic in float32 or wider, result in x's dtype.
     """
-    a, b = wide(x).unflatten(-1, (-1, 2)).unbind(-1)
+    a, b = wide(x).reshape(*x.shape[:-1], -1, 2).unbind(-1)
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(x.dtype)

@@ -1,4 +1,5 @@
-"""Every Wan by name: its architecture, its VAE, and what its authors sample it with. A new variant is a row here."""
+"""Every Wan by name: its architecture, its VAE, and what its authors sample it with. A new variant is a row
+here."""
 
 import dataclasses
 import math
@@ -12,7 +13,7 @@ CLIP_TOKENS = 257
 
 @dataclass(frozen=True)
 class WanConfig:
-    """The architecture of one Wan transformer, by the field names of the native config.json where it has them."""
+    """The architecture of one Wan transformer; field names of the native config.json where it has them."""
 
     model_type: str = "t2v"
     dim: int = 5120
@@ -32,7 +33,7 @@ class WanConfig:
     image_dim: int | None = None
     """Width of the CLIP features, None where the model has no image branch."""
     pos_embed_seq_len: int | None = None
-    """Rows of the learned position embedding of the CLIP tokens (514 for first+last frame), None where there is none."""
+    """Rows of the learned position embedding of the CLIP tokens (514 for first and last frame), or None."""
     vace_layers: tuple[int, ...] = ()
     """Main blocks after which a VACE block's hint is added; empty where the model has no VACE branch."""
     vace_in_dim: int = 96
@@ -53,7 +54,8 @@ class WanConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.dim % self.num_heads or self.head_dim % 2:
             raise ValueError(
-                f"dim {self.dim} over {self.num_heads} heads gives no even head width; dim must be a multiple of 2 x num_heads"
+                f"dim {self.dim} over {self.num_heads} heads gives no even head width;"
+                " dim must be a multiple of 2 x num_heads"
             )
         if self.freq_dim % 2:
             raise ValueError(f"freq_dim {self.freq_dim} must be even: half cosines, half sines")
@@ -61,7 +63,7 @@ class WanConfig:
             raise ValueError(f"patch_size {self.patch_size} must be three positive integers (t, h, w)")
         if not (self.qk_norm and self.cross_attn_norm) or tuple(self.window_size) != (-1, -1):
             raise ValueError(
-                "every published Wan has qk_norm, cross_attn_norm and window_size (-1, -1); nothing else is built"
+                "qk_norm and cross_attn_norm must be on and window_size (-1, -1), as in every published Wan"
             )
         if self.pos_embed_seq_len is not None and self.image_dim is None:
             raise ValueError(
@@ -71,7 +73,7 @@ class WanConfig:
             layers = list(self.vace_layers)
             if layers[0] != 0 or layers != sorted(set(layers)) or layers[-1] >= self.num_layers:
                 raise ValueError(
-                    f"vace_layers {self.vace_layers} must ascend from 0 and stay below num_layers {self.num_layers}"
+                    f"vace_layers {self.vace_layers} must ascend from 0, below num_layers {self.num_layers}"
                 )
 
     @property
@@ -104,7 +106,7 @@ class WanConfig:
 
 @dataclass(frozen=True)
 class Sampling:
-    """What the model's authors sample with (facts: official settings): solver steps, shift, guidance and frame rate."""
+    """What the model's authors sample with: solver steps, shift, guidance and frame rate."""
 
     steps: int = 50
     shift: float = 5.0
@@ -114,7 +116,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Variant:
-    """One published model: what to build, which VAE its latents come from, and where its checkpoint comes from."""
+    """One published model: what to build, which VAE its latents come from, where its weights come from."""
 
     name: str
     config: WanConfig

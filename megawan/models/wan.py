@@ -1,12 +1,13 @@
 """The Wan video transformer: one forward for every variant, on one rank or many.
 
-Parallelism touches it in two places: `context.shard` cuts the token sequence (and the rotary rows with it) before the
-patch embedding, and `context.attend` replaces self-attention. Everything else is local to a token.
+Parallelism touches it in two places: `context.shard` cuts the token sequence (and the rotary rows with it)
+before the patch embedding, and `context.attend` replaces self-attention. Everything else is local to a token.
 
-Letters: B batch, C latent channels, T H W latent grid, L tokens, l this rank's tokens, D width, N heads, K head width,
-S text tokens, P numbers in an output token, R modulation rows (1, or 2 where some frames are clean).
-State-dict keys are Wan's own. Every parameter is used inside the forward of the module that owns it (ZeRO-3 gathers
-there), and `WanBlock` and `VaceBlock` are meant to be gathered whole (`LEAF_MODULES`).
+Letters: B batch, C latent channels, T H W latent grid, L tokens, l this rank's tokens, D width, N heads, K
+head width, S text tokens, P numbers in an output token, R modulation rows (1, or 2 where some frames are
+clean).
+State-dict keys are Wan's own. Every parameter is used inside the forward of the module that owns it (ZeRO-3
+gathers there), and `WanBlock` and `VaceBlock` are meant to be gathered whole (`LEAF_MODULES`).
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def token_grid(latent_shape: tuple[int, ...] | torch.Size, patch: Grid) -> Grid:
-    """Return how many tokens (t, h, w) a latent of shape [..., T, H, W] has; raises ValueError if the patch does not fit."""
+    """Return the tokens (t, h, w) of a latent [..., T, H, W]; raises ValueError if the patch does not fit."""
     sizes = tuple(latent_shape[-3:])
     if len(sizes) < 3 or any(size < 1 or size % side for size, side in zip(sizes, patch, strict=True)):
         raise ValueError(
@@ -45,7 +46,7 @@ def token_grid(latent_shape: tuple[int, ...] | torch.Size, patch: Grid) -> Grid:
 
 
 def patchify(x: Tensor, patch: Grid) -> Tensor:
-    """Return the tokens of x [B, C, T, H, W] as [B, L, P], C fastest: the layout of the head and of the loss target."""
+    """Return the tokens [B, L, P] of x [B, C, T, H, W], C fastest: the layout of head and loss target."""
     token_grid(x.shape, patch)
     pt, ph, pw = patch
     return rearrange(x, "b c (t pt) (h ph) (w pw) -> b (t h w) (pt ph pw c)", pt=pt, ph=ph, pw=pw)
@@ -60,7 +61,7 @@ def unpatchify(tokens: Tensor, grid: Grid, patch: Grid) -> Tensor:
 
 
 def timestep_embedding(timestep: Tensor, dim: int) -> Tensor:
-    """Return cos(t·w) | sin(t·w), float64 [..., dim], with w_j = 10000^(−j/(dim/2)) and t on the 0..1000 scale."""
+    """Return cos(t·w) | sin(t·w), float64 [..., dim]; w_j = 10000^(−j/(dim/2)), t on the 0..1000 scale."""
     half = dim // 2
     rates = torch.exp(
         torch.arange(half, dtype=torch.float64, device=timestep.device) * (-math.log(10000.0) / half)
@@ -77,7 +78,7 @@ def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """What the blocks know about this rank's tokens: nothing in it carries a gradient or belongs to a layer."""
+    """What the blocks know about this rank's tokens; nothing in it carries a gradient."""
 
     length: int
     """L, the true token count of the whole sample."""
@@ -91,11 +92,12 @@ class TokenLayout:
         """Return self-attention of the whole sequence for this rank's q, [B, l, N, K]."""
         if self.context is None:
             return self.kernel(q, k, v)
-        return self.context.attend(q, k, v, self.kernel, self.length)
+        out: Tensor = self.context.attend(q, k, v, self.kernel, self.length)
+        return out
 
 
 class PatchEmbedding(nn.Module):
-    """One linear map from a token's latent numbers to the width: the Conv3d of the checkpoint with kernel = stride."""
+    """A linear map from a token's latent numbers to the width: the checkpoint's Conv3d, kernel = stride."""
 
     def __init__(self, channels: int, dim: int, patch: Grid) -> None:
         super().__init__()
@@ -150,9 +152,9 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of the tokens to the text and, in a model with an image branch, to the CLIP tokens; their sum is projected.
+    """Attention to the text and, in a model with an image branch, to the CLIP tokens; the sum is projected.
 
-    No mask: every text row is attended, those past the prompt's end too (they are part of what Wan was trained with).
+    No mask: every text row is attended, those past the prompt's end too, as in Wan's training.
     """
 
     def __init__(self, dim: int, heads: int, eps: float, image: bool) -> None:
@@ -181,7 +183,7 @@ class CrossAttention(nn.Module):
 
 
 class WanBlock(nn.Module):
-    """Self-attention, cross-attention and feed-forward, the first and last shifted, scaled and gated by the time."""
+    """Self-attention, cross-attention, feed-forward; the time shifts, scales and gates the first and last."""
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
@@ -233,7 +235,7 @@ LEAF_MODULES = (WanBlock, VaceBlock)
 
 
 class Head(nn.Module):
-    """Last norm, modulation by the unprojected time embedding, and the map to velocity tokens; all in float32."""
+    """Last norm, modulation by the unprojected time embedding, map to velocity tokens; all in float32."""
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
@@ -248,12 +250,13 @@ class Head(nn.Module):
 
 
 class WanModel(nn.Module):
-    """The transformer of `config`. Parameters are made uninitialised: fill them from `initial` or a checkpoint.
+    """The transformer of `config`. Its values are left to `initial` or a checkpoint.
 
     attention: a kernel(q, k, v) on [B, L, N, K]; None chooses the fastest for the device on first use.
     recompute: what the backward pass recomputes, see `recompute.parse_recompute`.
-    wide_residual: keep the residual stream in float32 under bfloat16 weights, as Wan's own inference code does; by
-    default it has the weights' dtype (each addition is still summed in float32), which halves its memory.
+    wide_residual: keep the residual stream in float32 under bfloat16 weights, as Wan's own inference code
+    does; by default it has the weights' dtype (each addition is still summed in float32), which halves its
+    memory.
     """
 
     def __init__(
@@ -300,12 +303,12 @@ class WanModel(nn.Module):
         vace: Tensor | None = None,
         vace_scale: float = 1.0,
     ) -> Tensor:
-        """Return this rank's velocity tokens [B, l, P], float32 (float64 in a double model), in `patchify`'s layout.
+        """Return this rank's velocity tokens [B, l, P] in `patchify`'s layout, float32 or float64.
 
-        latents: noisy latent [B, C, T, H, W]; timestep: float32 [B] on the 0..1000 scale; text: [B, S, text_dim], S at
-        most text_len (Wan pads prompts to exactly text_len with zero rows).
-        clean_frames: the first latent frames that are given clean and get time 0 (TI2V: 1 with an image, 0 without).
-        clip: [B, 257 or 514, image_dim]; condition: [B, in_dim − C, T, H, W], concatenated after the latent channels;
+        latents: noisy latent [B, C, T, H, W]; timestep: float32 [B] on the 0..1000 scale;
+        text: [B, S, text_dim], S at most text_len (Wan pads prompts to exactly text_len with zero rows).
+        clean_frames: leading latent frames that are given clean and get time 0 (TI2V: 1 with an image).
+        clip: [B, 257 or 514, image_dim]; condition: [B, in_dim − C, T, H, W], concatenated after the latent;
         vace: [B, vace_in_dim, T, H, W], whose hints are added `vace_scale` times.
         Raises ValueError for an input that does not fit the configuration.
         """
@@ -352,7 +355,7 @@ class WanModel(nn.Module):
         vace: Tensor | None = None,
         vace_scale: float = 1.0,
     ) -> Tensor:
-        """Return the whole velocity [B, C, T, H, W] on every rank: `forward`, gathered and put back on the grid."""
+        """Return the whole velocity [B, C, T, H, W] on every rank: `forward`, gathered and unpatchified."""
         tokens = self(
             latents,
             timestep,
@@ -370,13 +373,13 @@ class WanModel(nn.Module):
         return unpatchify(tokens, grid, self.config.patch_size)
 
     def _local_patches(self, x: Tensor, context: ContextParallel | None) -> Tensor:
-        """Return this rank's rows [B, l, C·patch], C slowest; cut before the embedding, so that a rank embeds only its own."""
+        """Return this rank's rows [B, l, C·patch], C slowest; a rank embeds only its own."""
         pt, ph, pw = self.config.patch_size
         patches = rearrange(x, "b c (t pt) (h ph) (w pw) -> b (t h w) (c pt ph pw)", pt=pt, ph=ph, pw=pw)
         return patches if context is None else context.shard(patches)
 
     def _times(self, timestep: Tensor, clean_frames: int) -> Tensor:
-        """Return the sinusoids of the modulation rows, float64 [B, R, freq_dim]: (t), or (0, t) with clean frames."""
+        """Return the rows' sinusoids, float64 [B, R, freq_dim]: of (t), or of (0, t) with clean frames."""
         rows = timestep.unsqueeze(1)
         if clean_frames:
             rows = torch.cat((torch.zeros_like(rows), rows), dim=1)
@@ -418,7 +421,8 @@ class WanModel(nn.Module):
         extra = 0 if condition is None else condition.shape[1]
         if channels + extra != config.in_dim:
             raise ValueError(
-                f"latents have {channels} channels and the condition {extra}: the model embeds in_dim {config.in_dim} together"
+                f"latents have {channels} channels and the condition {extra}:"
+                f" the model embeds in_dim {config.in_dim} together"
             )
         if condition is not None and condition.shape != (batch, extra, *latents.shape[2:]):
             raise ValueError(
@@ -437,7 +441,7 @@ class WanModel(nn.Module):
             )
         if not 0 <= clean_frames <= frames or clean_frames % config.patch_size[0]:
             raise ValueError(
-                f"clean_frames {clean_frames} must be whole patches between 0 and the latent's {frames} frames"
+                f"clean_frames {clean_frames} must be whole patches, from 0 to the latent's {frames} frames"
             )
         if (clip is None) != (config.image_dim is None):
             has = "needs" if clip is None else "has no image branch for"
@@ -448,9 +452,8 @@ class WanModel(nn.Module):
             wanted = [batch, config.clip_tokens, config.image_dim]
             raise ValueError(f"clip must be {wanted}, not {list(clip.shape)}")
         if (vace is None) != (not config.vace_layers):
-            raise ValueError(
-                f"a model with vace_layers {config.vace_layers} {'needs a' if vace is None else 'takes no'} vace input"
-            )
+            verb = "needs a" if vace is None else "takes no"
+            raise ValueError(f"a model with vace_layers {config.vace_layers} {verb} vace input")
         if vace is not None and tuple(vace.shape) != (batch, config.vace_in_dim, *latents.shape[2:]):
             wanted = [batch, config.vace_in_dim, *latents.shape[2:]]
             raise ValueError(f"vace must be {wanted}, not {list(vace.shape)}")

@@ -16,7 +16,8 @@ TINY = WanConfig(dim=48, ffn_dim=96, freq_dim=64, num_heads=2, num_layers=2, tex
 
 
 def random_model(config: WanConfig, seed: int) -> WanModel:
-    """Return a float32 model in which every parameter is random, head and norms too, with outputs of order 3."""
+    """Return a float32 model in which every parameter is random, head and norms too, with outputs of order
+    3."""
     model = WanModel(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
