@@ -308,8 +308,8 @@ def flow_loss(
     fewest = tokens if valid is None else 1
     if not fewest <= valid_tokens <= tokens * cp_size:
         raise ValueError(
-            f"valid_tokens is the whole sample's count, here {fewest} .. {tokens * cp_size} ({tokens} tokens on "
-            f"each of {cp_size} rank(s){', no mask' if valid is None else ''}), got {valid_tokens}"
+            f"valid_tokens is the whole sample's count, here {fewest} .. {tokens * cp_size} ({tokens} tokens "
+            f"on each of {cp_size} rank(s){', no mask' if valid is None else ''}), got {valid_tokens}"
         )
     error = pred.to(_loss_dtype(pred, target)) - target.to(_loss_dtype(pred, target))
     if valid is not None:

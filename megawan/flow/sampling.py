@@ -57,8 +57,8 @@ def sigma_window(sigmas: Tensor, min_sigma: float = 0.0, max_sigma: float = 1.0)
 def index_window(sigmas: Tensor, min_boundary: float = 0.0, max_boundary: float = 1.0) -> SigmaWindow:
     """Return the window of ids int(min_boundary·N) .. int(max_boundary·N) − 1 (specification §2).
 
-    This is DiffSynth's form. Its sigmas reach from above sigmas[stop] (from 0 if stop = N) up to sigmas[start]:
-    which sigmas a fraction means depends on the shift.
+    This is DiffSynth's form. Its sigmas reach from above sigmas[stop] (from 0 if stop = N) up to
+    sigmas[start]; which sigmas a fraction means depends on the shift.
     Raises ValueError unless 0 <= min_boundary < max_boundary <= 1, or if the window holds no id.
     """
     check_interval("min_timestep_boundary", min_boundary, "max_timestep_boundary", max_boundary)
@@ -221,7 +221,7 @@ class LevelSampler:
         if not self.share >= SMALLEST_SHARE:
             raise ValueError(
                 f"the window sigma {window.low:g} .. {window.high:g} holds {self.share:.1e} of this "
-                f"sampling's draws (at least {SMALLEST_SHARE:g} needed); widen it or move the distribution there"
+                f"sampling's draws (at least {SMALLEST_SHARE:g} needed); widen it or use another distribution"
             )
         middles = (sigmas[1:].double() + sigmas[:-1].double()) / 2
         edges = torch.cat([middles.new_ones(1), middles, middles.new_zeros(1)]).clamp(window.low, window.high)

@@ -1,6 +1,7 @@
 """The shifted sigma grid of Wan and the scheduler that trains and samples on it (specification §3)."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -39,14 +40,12 @@ def unshift_sigma(sigma: Tensor, shift: float) -> Tensor:
 def interpolate(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     """Return x_t = (1 − sigma)·x0 + sigma·noise in the dtype of x0 and noise (specification §3.2.1).
 
-    x0, noise [B, ...] of one shape; sigma float32, 0-dim or [1] for all samples or [B] for one each. Factors
-    are float32 (float64 for float64 inputs); for bf16 each product and the sum are rounded to bf16, as the
-    reference does.
+    x0, noise [B, ...] of one shape; sigma on the CPU, 0-dim or [1] for all samples, or [B] for one each.
+    In float64 for float64 inputs. For bf16 the rounding is the reference's: see `_per_sample`.
     Raises ValueError for shapes that do not fit.
     """
-    _same_shape("x0", x0, "noise", noise)
-    sigma = _per_sample("sigma", sigma, x0).to(_arithmetic(x0))
-    return _scale(1 - sigma, x0) + _scale(sigma, noise)
+    _check_pair("x0", x0, "noise", noise)
+    return _per_sample(lambda s, x0, noise: (1 - s) * x0 + s * noise, sigma, x0, noise)
 
 
 class FlowMatchScheduler:
@@ -64,9 +63,9 @@ class FlowMatchScheduler:
         check_shift(shift)
         self.shift = shift
         self.training = False
-        self.sigmas = _nothing()
-        self.timesteps = _nothing()
-        self.training_weights = _nothing()
+        self.sigmas = _no_table()
+        self.timesteps = _no_table()
+        self.training_weights = _no_table()
         self._weighting = get_weighting(weighting)
 
     def set_timesteps(
@@ -82,7 +81,7 @@ class FlowMatchScheduler:
         denoising_strength is outside (0, 1], or every weight would be 0. The old grid then stays.
         """
         sigmas = shifted_sigmas(num_steps, self.shift if shift is None else shift, denoising_strength)
-        weights = self._weighting(sigmas) if training else _nothing()
+        weights = self._weighting(sigmas) if training else _no_table()
         self.sigmas, self.timesteps, self.training_weights = sigmas, sigmas * MAX_TIMESTEP, weights
         self.training = training
 
@@ -113,7 +112,7 @@ class FlowMatchScheduler:
 
         Raises ValueError if the shapes differ.
         """
-        _same_shape("x0", x0, "noise", noise)
+        _check_pair("x0", x0, "noise", noise)
         return noise - x0
 
     def step(self, v: Tensor, timestep: Tensor | float, x_t: Tensor, to_final: bool = False) -> Tensor:
@@ -122,12 +121,12 @@ class FlowMatchScheduler:
         sigma_next is the next grid point, and 0 after the last one or with `to_final`. v, x_t [B, ...].
         Raises ValueError for shapes that do not fit or a timestep that is not finite.
         """
-        _same_shape("v", v, "x_t", x_t)
+        _check_pair("v", v, "x_t", x_t)
         ids = self.nearest_id(timestep)
-        following = torch.cat([self.sigmas[1:], self.sigmas.new_zeros(1)])
-        sigma = _per_sample("timestep", self.sigmas[ids], x_t).to(_arithmetic(x_t))
-        sigma_next = _per_sample("timestep", following[ids], x_t).to(_arithmetic(x_t))
-        return x_t + _scale(-sigma if to_final else sigma_next - sigma, v)
+        sigmas = self.sigmas.double()  # exact differences; `_per_sample` rounds them once
+        following = torch.cat([sigmas[1:], sigmas.new_zeros(1)])
+        change = -sigmas[ids] if to_final else following[ids] - sigmas[ids]
+        return _per_sample(lambda c, v, x_t: x_t + v * c, change, v, x_t)
 
     def training_weight(self, timestep: Tensor | float) -> Tensor:
         """Return w of the nearest grid point, float32 on the CPU, shaped like `timestep` (§4.4).
@@ -150,25 +149,20 @@ def check_steps(steps: int) -> None:
 
 def check_shift(shift: float) -> None:
     """Raise ValueError unless `shift` is a finite number above 0."""
-    # bool: in `set_timesteps(1000, 1.0, True)` the third place is the shift, and True would quietly mean
-    # shift 1.
-    if isinstance(shift, (bool, str)) or not (math.isfinite(shift) and shift > 0):
+    # A bool is a number, and in `set_timesteps(1000, 1.0, True)` the third place is the shift: not shift 1.
+    try:
+        legal = not isinstance(shift, bool) and math.isfinite(shift) and shift > 0
+    except TypeError:
+        legal = False
+    if not legal:
         raise ValueError(f"shift must be a finite number above 0 (Wan trains with 5), got {shift!r}")
 
 
-def _nothing() -> Tensor:
+def _no_table() -> Tensor:
     return torch.empty(0, dtype=torch.float32, device="cpu")
 
 
-def _arithmetic(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _scale(factor: Tensor, x: Tensor) -> Tensor:
-    return (factor * x.to(factor.dtype)).to(x.dtype)
-
-
-def _same_shape(first_name: str, first: Tensor, second_name: str, second: Tensor) -> None:
+def _check_pair(first_name: str, first: Tensor, second_name: str, second: Tensor) -> None:
     if first.shape != second.shape:
         raise ValueError(
             f"{first_name} and {second_name} must have one shape, "
@@ -179,13 +173,19 @@ def _same_shape(first_name: str, first: Tensor, second_name: str, second: Tensor
             raise ValueError(f"{name} must be a floating-point tensor, got {x.dtype}")
 
 
-def _per_sample(name: str, value: Tensor, x: Tensor) -> Tensor:
-    """Return `value` (0-dim, [1] or [B]) on x's device in a shape that broadcasts over x [B, ...]."""
-    if value.ndim == 0:
-        return value.to(x.device)
-    if value.ndim > 1 or x.ndim == 0 or len(value) not in (1, len(x)):
+def _per_sample(
+    formula: Callable[[Tensor, Tensor, Tensor], Tensor], factor: Tensor, first: Tensor, second: Tensor
+) -> Tensor:
+    """Return formula(factor, first, second), with one factor for the whole batch or one per sample [B]."""
+    if factor.ndim > 1 or first.ndim == 0 or factor.numel() not in (1, len(first)):
         raise ValueError(
-            f"{name} must be one number or one per sample, got shape {list(value.shape)} for a batch of "
-            f"shape {list(x.shape)}"
+            f"the timestep must be one number or one per sample, got shape {list(factor.shape)} for a batch "
+            f"of shape {list(first.shape)}"
         )
-    return value.to(x.device).reshape(-1, *[1] * (x.ndim - 1))
+    if first.dtype in (torch.float32, torch.float64):
+        shape = (-1, *[1] * (first.ndim - 1))
+        return formula(factor.to(first.device, first.dtype).reshape(shape), first, second)
+    # In the reference the factor is a 0-dim float32 tensor on the CPU. How torch multiplies a bf16 tensor by
+    # it (rounding the factor first, or not) differs between left and right, CPU and CUDA: do just that.
+    factors = factor.to("cpu", torch.float32).reshape(-1).expand(len(first))
+    return torch.stack([formula(*each) for each in zip(factors, first, second, strict=True)])
