@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Full finetune of Wan2.2-TI2V-5B: sbatch slurm/train_5b.sh [FLAGS OF train.py]
+# What it reads from the environment stands in slurm/common.sh. Four GPUs share a video;
+# --parallel.ulysses_degree may be 1, 2, 3, 4, 6, 8, 12 or 24 (of 24 heads).
+#SBATCH --job-name=wan-5b
+#SBATCH --nodes=1
+#SBATCH --gpus-per-node=8
+#SBATCH --ntasks-per-node=1
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@120
+#SBATCH --output=%x_%j.out
+set -euo pipefail
+
+# sbatch runs a copy of this file elsewhere: the checkout is where the job was submitted, or MEGAWAN_ROOT.
+root="${MEGAWAN_ROOT:-${SLURM_SUBMIT_DIR:-$(cd "$(dirname "$0")/.." && pwd)}}"
+if [[ ! -f "$root/slurm/common.sh" ]]; then
+    printf "slurm: error: %s is not the MegaWan checkout; submit from it or set MEGAWAN_ROOT\n" "$root" >&2
+    exit 2
+fi
+# shellcheck source=slurm/common.sh
+. "$root/slurm/common.sh"
+
+read_arguments "$@"
+read_paths
+read_hosts
+start_from "$init"
+world 0 "${hosts[@]}" -- \
+    --deepspeed ds_configs/zero2.json --model.variant ti2v-5B "${start[@]}" "${data[@]}" --output "$output" \
+    --parallel.ulysses_degree 4 --model.recompute full \
+    --steps 5000 --micro_batch 1 --accumulation 2 --optim.learning_rate 1e-5 "${extra[@]}"
+finish
