@@ -33,6 +33,8 @@ def build_model(make: Callable[[], nn.Module], resolved: Resolved, device: torch
 
     Under zero.Init no rank ever holds more than one whole module. Parameter values are left for `load_weights`.
     """
+    # zero.Init asks DeepSpeed's own view of the process group for the world size.
+    deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False)
     if resolved.zero_stage == 3:
         context: contextlib.AbstractContextManager[Any] = deepspeed.zero.Init(config_dict_or_path=resolved.config)
     else:
@@ -62,8 +64,6 @@ def initialize(
         config=config,
         dist_init_required=False,
     )
-    # ZeRO creates Adam's states with a dummy step, which leaves their counter at 1 and bias correction off by one.
-    _set_adam_step(engine, 0)
     return engine
 
 
@@ -117,6 +117,7 @@ def load_weights(engine: deepspeed.DeepSpeedEngine, source: TensorSource, tick: 
 def load_optimizer(engine: deepspeed.DeepSpeedEngine, saved: StepWeights, tick: Callable[[], None]) -> None:
     """Fill Adam's moments and step count and the learning rate from a checkpoint of any world size, stage or layout."""
     stage = engine.zero_optimization_stage()
+    _create_states(engine)
     for name, parameter in engine.module.named_parameters():
         for kind in MOMENTS:
             if stage == 3:
@@ -125,14 +126,11 @@ def load_optimizer(engine: deepspeed.DeepSpeedEngine, saved: StepWeights, tick: 
                 part[:size] = saved.load_range(kind, name, start, size)
                 safe_set_local_optimizer_state(parameter, part.to(parameter.ds_tensor.device), kind)
             elif stage == 0:
-                state = engine.optimizer.state[parameter]
-                full = saved.load_range(kind, name, 0, parameter.numel()).view(parameter.shape)
-                state[kind] = full.to(parameter.device)
-                state.setdefault("step", torch.zeros((), device=parameter.device))
+                full = saved.load_range(kind, name, 0, parameter.numel())
+                engine.optimizer.state[parameter][kind].copy_(full.view(parameter.shape))
             elif getattr(parameter, "_hp_mapping", None) is not None:
                 held = parameter._hp_mapping.lp_fragment_address
-                values = saved.load_range(kind, name, held.start, held.numel)
-                parameter._hp_mapping.get_optim_state_fragment(kind).copy_(values)
+                _flat_moment(engine, parameter, kind).copy_(saved.load_range(kind, name, held.start, held.numel))
         tick()
     _set_adam_step(engine, saved.step)
     schedule = engine.lr_scheduler
@@ -163,7 +161,19 @@ def fragments(engine: deepspeed.DeepSpeedEngine) -> Iterator[Fragment]:
             start = mapping.lp_fragment_address.start
             yield Fragment("master", name, shape, start, mapping.get_hp_fragment())
             for kind in MOMENTS:
-                yield Fragment(kind, name, shape, start, mapping.get_optim_state_fragment(kind))
+                yield Fragment(kind, name, shape, start, _flat_moment(engine, parameter, kind))
+
+
+def _flat_moment(engine: deepspeed.DeepSpeedEngine, parameter: Any, kind: str) -> Tensor:
+    """Return the view of one parameter's moment in this rank's flat partition, at stages 1 and 2.
+
+    DeepSpeed 0.19.8 links moments to parameters when the first of several groups has stepped, and so never links the
+    others: its own getter fails for them. The flat states themselves are where they should be.
+    """
+    mapping = parameter._hp_mapping
+    flat = engine.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+    held = mapping.get_hp_fragment_address()
+    return engine.optimizer.optimizer.state[flat][kind].narrow(0, held.start, held.numel)
 
 
 def _local_range(parameter: Any) -> tuple[int, int]:
@@ -179,6 +189,21 @@ def _refresh_resident(engine: deepspeed.DeepSpeedEngine) -> None:
     if resident:
         resident[0].partition(resident, has_been_updated=False)
         resident[0].all_gather(resident)
+
+
+def _create_states(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Make Adam's states as its first step would, so that a checkpoint can fill them before it."""
+    stage = engine.zero_optimization_stage()
+    if stage == 3:
+        tensors, optimizer = engine.optimizer.fp32_partitioned_groups_flat, engine.optimizer.optimizer
+    elif stage:
+        tensors, optimizer = engine.optimizer.single_partition_of_fp32_groups, engine.optimizer.optimizer
+    else:
+        tensors, optimizer = list(engine.module.parameters()), engine.optimizer
+    for tensor in tensors:
+        for kind in MOMENTS:
+            optimizer.state[tensor].setdefault(kind, torch.zeros_like(tensor))
+        optimizer.state[tensor].setdefault("step", torch.zeros((), device=tensor.device))
 
 
 def _set_adam_step(engine: deepspeed.DeepSpeedEngine, step: int) -> None:
