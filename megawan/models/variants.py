@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+Expert = Literal["high", "low"]
 Task = Literal["t2v", "i2v", "flf2v", "ti2v", "control", "vace"]
 CLIP_DIM = 1280
 CLIP_TOKENS = 257
@@ -124,7 +125,7 @@ class Variant:
     repository: str
     """Hub repository of the native weights, empty for the debug variants."""
     vae: Literal["2.1", "2.2"] = "2.1"
-    expert: Literal["high", "low"] | None = None
+    expert: Expert | None = None
     """Which of the two A14B experts this is."""
     boundary: float | None = None
     """Sigma at which the A14B experts change over: high serves sigma >= boundary, low the rest."""
