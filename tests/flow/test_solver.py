@@ -17,7 +17,7 @@ def pair() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 50])
-@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0, 16.0])
+@pytest.mark.parametrize("shift", [0.3, 1.0, 3.0, 5.0, 16.0])
 def test_a_straight_line_ends_at_the_clean_sample(
     steps: int, shift: float, pair: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
