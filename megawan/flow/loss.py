@@ -18,6 +18,7 @@ from torch.nn import functional
 from megawan.flow.conditioning import put_clean_frames
 from megawan.flow.sampling import (
     EXPERTS,
+    LEVELS,
     LevelOptions,
     SigmaWindow,
     check_interval,
@@ -88,6 +89,8 @@ class FlowOptions:
                 raise ValueError(
                     f"{name} {value} has no effect with sampling {self.sampling}; it is for {reader}"
                 )
+        if self.sampling in LEVELS:
+            LEVELS[self.sampling](self.levels())  # raises for illegal parameters
 
     def _check_window(self) -> None:
         forms = {
@@ -114,6 +117,10 @@ class FlowOptions:
 
     def _sigma_bounds(self) -> tuple[float, float]:
         return _default(self.min_sigma, 0.0), _default(self.max_sigma, 1.0)
+
+    def levels(self) -> LevelOptions:
+        """Return the parameters of the continuous samplings."""
+        return LevelOptions(self.logit_mean, self.logit_std, self.mode_scale)
 
     def window(self, sigmas: Tensor) -> SigmaWindow:
         """Return the window of these options on the grid `sigmas` [N]; the whole grid if none is given."""
@@ -154,9 +161,8 @@ class FlowMatching:
         self.scheduler.set_timesteps(options.num_timesteps, training=True)
         sigmas = self.scheduler.sigmas
         self.window = options.window(sigmas)
-        levels = LevelOptions(options.logit_mean, options.logit_std, options.mode_scale)
         self.sampler = make_sampler(
-            options.sampling, levels, sigmas=sigmas, shift=options.shift, window=self.window
+            options.sampling, options.levels(), sigmas=sigmas, shift=options.shift, window=self.window
         )
         self._weights = self.scheduler.training_weights
         if options.renormalize_weights:
@@ -330,25 +336,6 @@ def latent_loss(pred: Tensor, target: Tensor, weight: Tensor, *, clean_frames: i
     pred, target = (x[:, :, clean_frames:].to(_loss_dtype(pred, target)) for x in (pred, target))
     per_sample = functional.mse_loss(pred, target, reduction="none").mean(dim=(1, 2, 3, 4))
     return FlowLoss((weight.to(per_sample) * per_sample).mean(), per_sample.detach())
-
-
-def token_mask(
-    grid: tuple[int, int, int], clean_frames: int, *, start: int, length: int
-) -> tuple[Tensor, int]:
-    """Return (valid bool [length] on the CPU, valid_tokens) for a rank's tokens start .. start + length − 1.
-
-    grid (f, h, w): all tokens of the sample, frame first. Not valid are those of the first `clean_frames`
-    frames (a token frame is a latent frame: patch_size[0] is 1) and those past f·h·w, which are padding.
-    Raises ValueError if no frame is left.
-    """
-    frames, height, width = grid
-    if not 0 <= clean_frames < frames:
-        raise ValueError(
-            f"clean_frames must be 0 .. {frames - 1} for {frames} latent frames, got {clean_frames}"
-        )
-    first, end = clean_frames * height * width, frames * height * width
-    place = torch.arange(start, start + length)
-    return (first <= place) & (place < end), end - first
 
 
 def _check_x0(x0: Tensor, clean_frames: int) -> None:

@@ -17,7 +17,6 @@ from megawan.flow.loss import (
     FlowSample,
     flow_loss,
     latent_loss,
-    token_mask,
 )
 from megawan.flow.sampling import EXPERTS
 from megawan.rng import generator_at
@@ -253,6 +252,8 @@ def test_window_forms_agree_where_they_mean_the_same() -> None:
         ({"expert": "t2v-A14B-low", "max_sigma": 0.5}, "more than one form: expert and min_sigma"),
         ({"logit_std": 0.5}, "logit_std 0.5 has no effect with sampling uniform_index; it is for logit"),
         ({"mode_scale": 0.5, "sampling": "uniform"}, "mode_scale 0.5 has no effect"),
+        ({"sampling": "logit_normal", "logit_std": -1.0}, "logit_std must be"),
+        ({"sampling": "mode", "mode_scale": 3.0}, "mode_scale must be in"),
         ({"bf16_timestep_compat": True, "sampling": "mode"}, "draws by uniform_index; sampling is mode"),
     ],
 )  # fmt: skip
@@ -267,8 +268,6 @@ def test_illegal_options_are_refused_when_made(options: dict[str, object], messa
         ({"num_timesteps": 1}, "at least 2 timesteps, got 1"),
         ({"min_sigma": 0.8751, "max_sigma": 0.8752}, "empty: none of the 1000 timesteps"),
         ({"min_timestep_boundary": 0.4171, "max_timestep_boundary": 0.4172}, "none of the 1000"),
-        ({"sampling": "logit_normal", "logit_std": -1.0}, "logit_std must be"),
-        ({"sampling": "mode", "mode_scale": 3.0}, "mode_scale must be in"),
         ({"min_sigma": 0.9999, "renormalize_weights": True}, "all weights inside the window are 0"),
     ],
 )  # fmt: skip
@@ -308,6 +307,15 @@ def test_samples_that_do_not_fit_are_refused() -> None:
 
 
 # ---------------------------------------------------------------- the loss
+
+
+def token_mask(
+    grid: tuple[int, int, int], clean_frames: int, *, start: int, length: int
+) -> tuple[torch.Tensor, int]:
+    """Return which of a rank's tokens start .. start + length − 1 carry loss, and how many of the sample do."""
+    first, end = clean_frames * grid[1] * grid[2], math.prod(grid)
+    place = torch.arange(start, start + length)
+    return (first <= place) & (place < end), end - first
 
 
 def whole(pred: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> FlowLoss:
@@ -412,15 +420,6 @@ def test_the_clean_frame_has_no_gradient() -> None:
     latent_loss(pred, torch.zeros_like(pred), torch.ones(2), clean_frames=1).loss.backward()
     assert pred.grad is not None
     assert bool((pred.grad[:, :, 0] == 0).all()) and bool((pred.grad[:, :, 1:] != 0).all())
-
-
-def test_token_mask_counts_the_whole_sample() -> None:
-    valid, count = token_mask((2, 1, 3), 1, start=2, length=5)
-    assert valid.tolist() == [False, True, True, True, False] and count == 3
-    valid, count = token_mask((2, 1, 3), 0, start=8, length=2)
-    assert valid.tolist() == [False, False] and count == 6
-    with pytest.raises(ValueError, match="clean_frames must be 0 .. 1 for 2 latent frames, got 2"):
-        token_mask((2, 1, 3), 2, start=0, length=6)
 
 
 def test_losses_that_do_not_fit_are_refused() -> None:
