@@ -186,6 +186,6 @@ def _per_sample(
         shape = (-1, *[1] * (first.ndim - 1))
         return formula(factor.to(first.device, first.dtype).reshape(shape), first, second)
     # In the reference the factor is a 0-dim float32 tensor on the CPU. How torch multiplies a bf16 tensor by
-    # it (rounding the factor first, or not) differs between left and right, CPU and CUDA: do just that.
+    # it (rounding the factor first, or not) differs between left and right, and may between devices: do that.
     factors = factor.to("cpu", torch.float32).reshape(-1).expand(len(first))
     return torch.stack([formula(*each) for each in zip(factors, first, second, strict=True)])

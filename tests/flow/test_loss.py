@@ -312,7 +312,7 @@ def test_samples_that_do_not_fit_are_refused() -> None:
 def token_mask(
     grid: tuple[int, int, int], clean_frames: int, *, start: int, length: int
 ) -> tuple[torch.Tensor, int]:
-    """Return which of a rank's tokens start .. start + length − 1 carry loss, and how many of the sample do."""
+    """Return which of the tokens start .. start + length − 1 carry loss, and how many of the sample do."""
     first, end = clean_frames * grid[1] * grid[2], math.prod(grid)
     place = torch.arange(start, start + length)
     return (first <= place) & (place < end), end - first
