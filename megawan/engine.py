@@ -47,12 +47,12 @@ def build_model(make: Callable[[], nn.Module], resolved: Resolved, device: torch
 
 
 def initialize(
-    model: nn.Module, leaf: type[nn.Module], resolved: Resolved, options: OptimOptions, steps: int
+    model: nn.Module, leaves: tuple[type[nn.Module], ...], resolved: Resolved, options: OptimOptions, steps: int
 ) -> deepspeed.DeepSpeedEngine:
-    """Return the training engine; `leaf` modules are gathered whole at stage 3 (one all-gather each, not one a tensor)."""
+    """Return the training engine; modules of the `leaves` classes are gathered whole at stage 3 (one message each)."""
     shapes = true_shapes(model)
     if resolved.zero_stage == 3:
-        set_z3_leaf_modules(model, [leaf])
+        set_z3_leaf_modules(model, list(leaves))
     optimizer = build_optimizer(parameter_groups(model.named_parameters(), shapes, options.weight_decay), options)
     config = dict(resolved.config)
     if resolved.zero_stage == 0:

@@ -15,17 +15,17 @@ from megawan.models.wan import WanModel
 from megawan.rng import generator_at
 
 
-def open_model_weights(path: Path) -> tuple[TensorSource, WanConfig]:
-    """Return the tensors and architecture of a training checkpoint (step folder or run folder) or of exported weights.
+def open_model_weights(path: Path) -> tuple[TensorSource, WanConfig, str]:
+    """Return tensors, architecture and variant name of a training checkpoint (step or run folder) or of any weights.
 
     Raises ValueError or FileNotFoundError naming the path when it is neither.
     """
     step_folder = find_step_folder(path)
     if step_folder is not None:
         saved = StepWeights(step_folder)
-        return saved, get_variant(saved.manifest["variant"]).config
+        return saved, get_variant(saved.manifest["variant"]).config, saved.manifest["variant"]
     opened = open_weights(path)
-    return opened, opened.config
+    return opened, opened.config, opened.variants[0]
 
 
 def find_step_folder(path: Path) -> Path | None:
@@ -86,3 +86,8 @@ def sample_latents(
     return euler_sample(
         guided(positive, negative, guidance), noise, steps=steps, shift=shift, progress=progress
     )
+
+
+def to_frames(pixels: Tensor) -> Tensor:
+    """Return frames uint8 [B, T, H, W, 3] of decoded pixels [B, 3, T, H, W] in [-1, 1]."""
+    return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8).permute(0, 2, 3, 4, 1).contiguous()

@@ -29,7 +29,7 @@ from megawan.metrics import Clock, LossMeter, RunLog, describe_environment, peak
 from megawan.models.attention import select_attention
 from megawan.models.initial import InitialWeights
 from megawan.models.layouts import open_weights
-from megawan.models.wan import WanBlock, WanModel, patchify, token_grid
+from megawan.models.wan import LEAF_MODULES, WanModel, patchify, token_grid
 from megawan.parallel.context import ContextParallel
 from megawan.plan import Plan, make_plan, run_folder
 
@@ -77,25 +77,14 @@ def run(plan: Plan, device: torch.device) -> None:
     model = engines.build_model(
         lambda: WanModel(plan.variant.config, attention=kernel, recompute=options.model.recompute), plan.deepspeed, device
     )
-    engine = engines.initialize(model, WanBlock, plan.deepspeed, options.optim, plan.steps)
+    engine = engines.initialize(model, LEAF_MODULES, plan.deepspeed, options.optim, plan.steps)
     start = fill(engine, engines, plan, resume_from)
     if start >= plan.steps:
         dist.say(f"nothing to do: {folder} stands at step {start} of {plan.steps}; raise --steps to go on")
         return
     write_run_files(folder, options)
 
-    batches = make_loader(
-        plan.data,
-        seed=options.seed,
-        micro_batch=options.micro_batch,
-        accumulation=options.accumulation,
-        dp_rank=plan.topology.coordinates(torch.distributed.get_rank())[0],
-        dp_size=plan.topology.dp_size,
-        text_len=plan.variant.config.text_len,
-        prompt_dropout=options.data.prompt_dropout,
-        start_step=start,
-        workers=options.data.workers,
-    )
+    batches = make_batches(plan, start)
     loop(engine, engines, plan, context, batches, start, folder, device)
 
 
@@ -140,6 +129,23 @@ def loop(
             dist.say(f"saved {saved}")
     log.close()
     dist.say(f"finished {plan.steps} steps; curves: tensorboard --logdir {folder / 'tensorboard'}")
+
+
+def make_batches(plan: Plan, start: int) -> Iterator[list[Batch]]:
+    """Return the micro-batches of every step after `start`, as this rank's data-parallel group takes them."""
+    options = plan.config
+    return make_loader(
+        plan.data,
+        seed=options.seed,
+        micro_batch=options.micro_batch,
+        accumulation=options.accumulation,
+        dp_rank=plan.topology.coordinates(torch.distributed.get_rank())[0],
+        dp_size=plan.topology.dp_size,
+        text_len=plan.variant.config.text_len,
+        prompt_dropout=options.data.prompt_dropout,
+        start_step=start,
+        workers=options.data.workers,
+    )
 
 
 def train_step(

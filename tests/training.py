@@ -1,0 +1,115 @@
+"""Helpers of the training tests: weights whose every gradient is alive, and the same run without DeepSpeed or ranks."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from megawan import config, optim
+from megawan.data.loader import make_loader
+from megawan.dist import Environment
+from megawan.models.initial import InitialWeights
+from megawan.models.wan import WanModel, patchify
+from megawan.plan import Plan, make_plan
+from megawan.rng import generator_at
+
+
+class LivelyWeights(InitialWeights):
+    """Initial weights with noise on top: Wan's head starts at zero, which would keep every other gradient at zero."""
+
+    def load(self, key: str) -> Tensor:
+        """Return one tensor, CPU float32."""
+        noise = torch.randn(self.shape(key), generator=generator_at(7, "lively", key))
+        return super().load(key) + 0.05 * noise
+
+
+def plan_of(world_size: int, *argv: str) -> Plan:
+    """Return the plan that train.py would make of these flags in a world of this size."""
+    parsed = config.parse(argv, prog="train.py", description="")
+    return make_plan(parsed, Environment(0, 0, world_size, world_size))
+
+
+@dataclass
+class Reference:
+    """What a run should come to: loss and gradient norm per step, masters and first moments after the last."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    masters: dict[str, Tensor]
+    exp_avg: dict[str, Tensor]
+
+
+def reference_run(plan: Plan) -> Reference:
+    """Return the run of a one-rank plan by plain torch: no DeepSpeed, no sharding, the whole global batch at once."""
+    options, wan = plan.config, plan.variant.config
+    model = WanModel(wan)
+    weights = LivelyWeights(wan, options.seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights.load(name))
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    groups = optim.parameter_groups(model.named_parameters(), shapes, options.optim.weight_decay)
+    optimizer = optim.build_optimizer(groups, options.optim)
+    schedule = optim.build_schedule(optimizer, options.optim, plan.steps)
+    batches = make_loader(
+        plan.data,
+        seed=options.seed,
+        micro_batch=plan.global_batch,
+        accumulation=1,
+        dp_rank=0,
+        dp_size=1,
+        text_len=wan.text_len,
+        prompt_dropout=options.data.prompt_dropout,
+        start_step=0,
+        workers=0,
+    )
+    losses, grad_norms = [], []
+    for _ in range(plan.steps):
+        (batch,) = next(batches)
+        sample = plan.flow.sample(
+            batch.latents,
+            seed=options.seed,
+            sample_ids=batch.sample_ids,
+            epochs=batch.epochs,
+            clean_frames=plan.clean_frames,
+        )
+        pred = model(
+            sample.x_t,
+            sample.timestep,
+            batch.text,
+            clean_frames=sample.clean_frames,
+            clip=batch.clip,
+            condition=batch.condition,
+        )
+        # The specification's loss written out: mean over all elements of each video, its clean frames left out.
+        error = (pred - patchify(sample.target, wan.patch_size)).square()
+        frames = batch.latents.shape[2]
+        counted = error.unflatten(1, (frames, -1))[:, sample.clean_frames :]
+        loss = (counted.mean(dim=(1, 2, 3)) * sample.weight).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        grad_norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), options.optim.grad_clip)))
+        optimizer.step()
+        schedule.step()
+        losses.append(float(loss))
+    return Reference(
+        losses,
+        grad_norms,
+        {name: parameter.detach() for name, parameter in model.named_parameters()},
+        {name: optimizer.state[parameter]["exp_avg"] for name, parameter in model.named_parameters()},
+    )
+
+
+def worst_difference(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> tuple[float, str]:
+    """Return the largest difference of any tensor, relative to that tensor's largest element, and its name."""
+    worst = max(
+        (float((found[name] - wanted[name]).abs().max() / wanted[name].abs().max().clamp(min=1e-12)), name)
+        for name in wanted
+    )
+    return worst
+
+
+def folder_of(root: Path, name: str) -> Path:
+    """Return a run folder under `root` for a case's name."""
+    return root / name.replace(" ", "_")

@@ -1,0 +1,101 @@
+"""Write a training checkpoint as weights that Wan's own code, diffusers, DiffSynth and ComfyUI open.
+
+    python tools/export_checkpoint.py --input runs/my14b --output my14b --layout native
+    python tools/export_checkpoint.py --input runs/a14b-high --low_noise runs/a14b-low --output a14b --layout diffusers
+"""
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root instead of tools/
+
+import torch
+from tqdm import tqdm
+
+from megawan import checkpoint
+from megawan.cli import UserError, parse, run
+from megawan.models.layouts import write_weights, written_bytes
+from megawan.models.variants import get_variant
+from megawan.sampling import find_step_folder
+
+PROG = "tools/export_checkpoint.py"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to export, and how."""
+
+    input: Path
+    """Run folder (its newest sound checkpoint is taken) or one step folder."""
+    output: Path
+    """New folder for the weights, config.json and model card."""
+    layout: Literal["native", "diffusers", "comfyui"] = "native"
+    """native also opens in DiffSynth and ComfyUI; diffusers is a transformer/ folder; comfyui prefixes the keys."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Numbers on disk; float32 keeps the masters exactly."""
+    low_noise: Path | None = None
+    """The low-noise expert's run, when --input is the high-noise expert of an A14B: one model with both."""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Export as `argv` says. Raises UserError naming file and cause; nothing is left half-written."""
+    options = parse(Options, argv, prog=PROG, description=(__doc__ or "").split("\n\n")[0])
+    try:
+        saved = open_verified(options.input)
+        low = None if options.low_noise is None else open_verified(options.low_noise)
+        wan = get_variant(saved.manifest["variant"]).config
+        if low is not None and get_variant(low.manifest["variant"]).config != wan:
+            raise ValueError(f"{low.folder}: {low.manifest['variant']} cannot join {saved.manifest['variant']}")
+        dtype = torch.bfloat16 if options.dtype == "bfloat16" else torch.float32
+        total = written_bytes(saved, dtype) + (written_bytes(low, dtype) if low is not None else 0)
+        with tqdm(total=total, unit="B", unit_scale=True, desc="export", disable=None) as bar:
+            files = write_weights(
+                saved, wan, options.output, options.layout, dtype, metadata(saved, argv), low_noise=low, tick=bar.update
+            )
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from None
+    size = sum(file.stat().st_size for file in files)
+    print(
+        f"exported step {saved.step} of {saved.folder.parent.parent} as {options.layout} {options.dtype}:"
+        f" {len(files)} file{'s' if len(files) > 1 else ''}, {size / 1e6:,.1f} MB in {options.output}"
+    )
+
+
+def open_verified(path: Path) -> checkpoint.StepWeights:
+    """Return the checkpoint at `path` after checking its hashes. Raises ValueError or FileNotFoundError."""
+    folder = find_step_folder(path)
+    if folder is None:
+        raise FileNotFoundError(f"{path}: no training checkpoint (a run folder, or a step folder with manifest.json)")
+    checkpoint.verify(folder)
+    return checkpoint.StepWeights(folder)
+
+
+def metadata(saved: checkpoint.StepWeights, argv: Sequence[str]) -> dict[str, str]:
+    """Return what the files' headers and the model card say about where the weights come from."""
+    manifest = saved.manifest
+    base = manifest["config"]["model"]["init_from"]
+    return {
+        "variant": manifest["variant"],
+        "base": str(base) if base else f"random weights, seed {manifest['config']['seed']}",
+        "step": str(saved.step),
+        "data": str(manifest["data"]),
+        "command": shlex.join([PROG, *argv]),
+        "commit": git_commit(),
+    }
+
+
+def git_commit() -> str:
+    """Return the commit of this checkout, or "unknown" outside one."""
+    done = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+
+if __name__ == "__main__":
+    run(main, PROG)
