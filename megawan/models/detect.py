@@ -83,26 +83,27 @@ def _hint(keys: Iterable[str]) -> str:
     return ""
 
 
-def inferred_config(native: Stored, path: Path, config_file: Path | None) -> WanConfig:
+def inferred_config(
+    native: Stored, path: Path, config_file: Path | None, expected: WanConfig | None = None
+) -> WanConfig:
     """Return the configuration that keys and shapes show, completed by config.json or by a known variant.
 
-    Raises ValueError where config.json contradicts the shapes, or where nothing tells the number of heads.
+    Where neither of them tells what shapes cannot show, `expected` is believed. Raises ValueError where
+    config.json contradicts the shapes, or where nothing tells the number of heads.
     """
     seen = _seen_in_shapes(native, path)
     said = _said_by(config_file)
     for field, value in said.items():
-        if (
-            field in seen
-            and seen[field] != value
-            and not (field == "vace_layers" and len(value) == len(seen[field]))
-        ):
-            raise ValueError(
-                f"{config_file}: {field} is {plain(value)}, but the weights show {plain(seen[field])}"
-            )
+        shown = seen.get(field, value)
+        agrees = len(shown) == len(value) if field == "vace_layers" else shown == value
+        if not agrees:
+            raise ValueError(f"{config_file}: {field} is {plain(value)}, but the weights show {plain(shown)}")
     twins = [variant.config for variant in _of_shapes(seen | said)]
     unseen: dict[str, Any] = {}
     if twins:
         unseen = {field: getattr(twins[0], field) for field in (*_UNSEEN, "vace_layers")}
+    elif expected is not None:
+        unseen = {field: getattr(expected, field) for field in _UNSEEN}
     elif "num_heads" not in said:
         if seen["dim"] % PUBLISHED_HEAD_DIM:
             raise ValueError(
@@ -114,7 +115,7 @@ def inferred_config(native: Stored, path: Path, config_file: Path | None) -> Wan
         config = WanConfig(**(seen | unseen | said))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{config_file or path}: {error}") from None
-    if not twins and "model_type" not in said:
+    if not (twins or expected) and "model_type" not in said:
         config = dataclasses.replace(config, model_type=_model_type(config))
     return config
 

@@ -6,6 +6,7 @@ one of the two experts of a Wan2.2-A14B folder.
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -27,11 +28,21 @@ from megawan.models.tensor_files import (
     read_index,
 )
 from megawan.models.variants import Expert, WanConfig
-from megawan.models.writing import write_weights
+from megawan.models.writing import write_weights, written_bytes
 
-__all__ = ["Expert", "OpenedWeights", "TensorSource", "open_experts", "open_weights", "write_weights"]
+__all__ = [
+    "Expert",
+    "OpenedWeights",
+    "TensorSource",
+    "open_experts",
+    "open_weights",
+    "provenance",
+    "write_weights",
+    "written_bytes",
+]
 
 Shape = tuple[int, ...]
+LONGEST_METADATA = 4096
 EXPERT_FOLDERS: dict[Expert, tuple[str, str]] = {
     "high": ("high_noise_model", "transformer"),
     "low": ("low_noise_model", "transformer_2"),
@@ -142,21 +153,18 @@ def open_weights(
     Raises ValueError or FileNotFoundError with one line: file, key, expected, found.
     """
     place = _find(path, expert)
+    where = place.where
     if expert is not None and place.expert not in (None, expert):
-        raise ValueError(
-            f"{place.path}: is the {place.expert}-noise expert; the {expert}-noise one was asked for"
-        )
+        raise ValueError(f"{where}: is the {place.expert}-noise expert; the {expert}-noise one was asked for")
     tensors, metadata = place.read()
-    layout, native = native_tensors(tensors, place.path)
-    found = inferred_config(native, place.path, place.config_file)
+    layout, native = native_tensors(tensors, where)
+    found = inferred_config(native, where, place.config_file, config)
     variants = variant_names(found, metadata.get("variant"), place.expert)
-    if config is None:
-        config = found
-    elif initialise_missing:
-        filled = _plan_filling(native, found, config, place.path, seed)
-        return OpenedWeights(place.path, layout, config, variants, native, metadata, filled)
-    _require_all(native, expected_shapes(config), place.path, found, config)
-    return OpenedWeights(place.path, layout, config, variants, native, metadata)
+    config = config or found
+    filled = _plan_filling(native, found, config, where, seed) if initialise_missing else None
+    if filled is None:
+        _require_all(native, expected_shapes(config), where, found, config)
+    return OpenedWeights(where, layout, config, variants, native, metadata, filled)
 
 
 def open_experts(path: Path) -> dict[Expert | None, OpenedWeights]:
@@ -172,6 +180,15 @@ def open_experts(path: Path) -> dict[Expert | None, OpenedWeights]:
     return {"high": high, "low": low}
 
 
+def provenance(experts: Sequence[OpenedWeights], command: str) -> dict[str, str]:
+    """Return the metadata of a conversion: what the first file says about itself, and what was done to it."""
+    first = experts[0]
+    kept = {key: value[:LONGEST_METADATA] for key, value in first.metadata.items() if key != "format"}
+    if len(first.variants) == 1 and len(experts) == 1:
+        kept["variant"] = first.variants[0]
+    return kept | {"converted_by": command}
+
+
 # --- finding the files ---
 
 
@@ -184,6 +201,11 @@ class _Place:
     files: tuple[Path, ...]
     config_file: Path | None
     expert: Expert | None = None
+
+    @property
+    def where(self) -> Path:
+        """Return what messages name: the file where there is one, else the folder or index."""
+        return self.files[0] if len(self.files) == 1 and self.kind == "file" else self.path
 
     def read(self) -> tuple[Stored, dict[str, str]]:
         if self.kind == "index":

@@ -178,9 +178,8 @@ class _Plan:
         if count > 1:
             index = {"metadata": {"total_size": self.bytes}, "weight_map": weight_map}
             _write_json(folder / f"{self.stem}.safetensors.index.json", index)
-        if self.layout != "comfyui":
-            about = _native_config(self.config) if self.layout == "native" else _diffusers_config(self.config)
-            _write_json(folder / "config.json", about)
+        about = _diffusers_config(self.config) if self.layout == "diffusers" else _native_config(self.config)
+        _write_json(folder / "config.json", about)
         _sync_folder(folder)
         return files
 
