@@ -13,11 +13,11 @@ from typing import Literal
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root instead of tools/
 
-import torch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import torch
+from tqdm import tqdm
 
-from megawan import cli  # noqa: E402
-from megawan.models.layouts import open_experts, provenance, write_weights, written_bytes  # noqa: E402
+from megawan import cli
+from megawan.models.layouts import open_experts, provenance, write_weights, written_bytes
 
 PROG = "tools/convert_checkpoint.py"
 

@@ -127,6 +127,14 @@ def test_what_is_loaded_belongs_to_the_caller(tmp_path: Path) -> None:
         assert torch.equal(opened.load("head.head.weight"), WEIGHTS.load("head.head.weight"))
 
 
+def test_what_is_loaded_outlives_its_file(tmp_path: Path) -> None:
+    # A tensor that is still mapped from its file turns into a bus error when the file is cut or replaced.
+    path = native_folder(tmp_path / "n")
+    held = open_weights(path, SMALL).load("head.head.weight")
+    assert str(path) not in Path("/proc/self/maps").read_text()
+    assert torch.equal(held, WEIGHTS.load("head.head.weight"))
+
+
 def stored_shapes(config: WanConfig, spell: Callable[[str], str] = str) -> dict[str, StoredTensor]:
     return {
         spell(key): StoredTensor(Path("x.safetensors"), shape, torch.float32, lambda: torch.empty(0))
