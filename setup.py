@@ -23,7 +23,10 @@ setup(
     version=version(),
     description="Full finetuning of Wan video diffusion transformers with context parallelism and ZeRO",
     license="Apache-2.0",
-    packages=find_packages(include=["megawan", "megawan.*"]),
+    packages=[*find_packages(include=["megawan", "megawan.*"]), "megawan.ds_configs"],
+    # The DeepSpeed settings lie beside the package in a checkout and inside it when installed.
+    package_dir={"megawan.ds_configs": "ds_configs"},
+    package_data={"megawan.ds_configs": ["*.json"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.10",  # below: CVE-2026-24747 in the weights_only unpickler

@@ -51,6 +51,8 @@ class ModelOptions:
     init_from: Path | None = None
     """Weights to start from (any layout; see docs/checkpoint_formats.md). Without it the start is random, from --seed.
     Weights only: to continue a run use --checkpoint.resume."""
+    initialise_missing: bool = False
+    """Let --model.init_from lack parts of the variant; they start from random values of --seed and are listed."""
     recompute: str = "none"
     """Activation checkpointing: none, full, or full:K for the first K blocks."""
     attention: str = "auto"

@@ -5,12 +5,15 @@ and averages gradients over the whole world, at every stage (the loss carries th
 """
 
 import contextlib
+import logging
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import (
     safe_get_local_fp32_param,
     safe_get_local_optimizer_state,
@@ -33,6 +36,9 @@ def build_model(make: Callable[[], nn.Module], resolved: Resolved, device: torch
 
     Under zero.Init no rank ever holds more than one whole module. Parameter values are left for `load_weights`.
     """
+    # Start-up prints hundreds of lines otherwise, and torch 2.13 warns of calls that are DeepSpeed's to change.
+    deepspeed_logger.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
     # zero.Init asks DeepSpeed's own view of the process group for the world size.
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False)
     if resolved.zero_stage == 3:

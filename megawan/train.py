@@ -20,6 +20,7 @@ if sys.path and os.path.abspath(sys.path[0]) == os.path.dirname(os.path.abspath(
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from megawan import checkpoint, cli, config, dist
 from megawan.data.batch import Batch
@@ -205,16 +206,24 @@ def fill(engine: Any, engines: Any, plan: Plan, resume_from: Path | None) -> int
     if resume_from is not None:
         saved = checkpoint.StepWeights(resume_from)
         require_same_parameters(engines.true_shapes(engine.module), saved, resume_from)
-        engines.load_weights(engine, saved, _no_tick)
-        engines.load_optimizer(engine, saved, _no_tick)
+        with progress("resume", 2 * len(saved.keys())) as bar:
+            engines.load_weights(engine, saved, bar.update)
+            engines.load_optimizer(engine, saved, bar.update)
         dist.say(f"resumed {resume_from}, written by {saved.manifest['world_size']} ranks")
         return saved.step
     if plan.config.model.init_from is not None:
-        source = open_weights(plan.config.model.init_from, plan.variant.config)
+        source = open_weights(
+            plan.config.model.init_from,
+            plan.variant.config,
+            expert=plan.variant.expert,
+            initialise_missing=plan.config.model.initialise_missing,
+            seed=plan.config.seed,
+        )
         dist.say(f"weights: {source.describe()}")
     else:
         source = InitialWeights(plan.variant.config, plan.config.seed)
-    engines.load_weights(engine, source, _no_tick)
+    with progress("weights", len(source.keys())) as bar:
+        engines.load_weights(engine, source, bar.update)
     return 0
 
 
@@ -257,8 +266,9 @@ def write_run_files(folder: Path, options: config.TrainConfig) -> None:
         checkpoint.write_json(folder / "env.json", describe_environment())
 
 
-def _no_tick() -> None:
-    pass
+def progress(title: str, total: int) -> "tqdm[Any]":
+    """Return a bar on rank 0's terminal that counts tensors; silent elsewhere."""
+    return tqdm(total=total, desc=title, unit="tensor", disable=None if dist.is_main() else True)
 
 
 if __name__ == "__main__":

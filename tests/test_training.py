@@ -54,7 +54,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     for name, (layout, source) in RESUMED.items():
         folder = root / f"{source} until 2" / "step_0000002"
         cases[name] = {"argv": [*COMMON, *CASES[layout]], "resume": str(folder)}
-    (results, *_) = run_distributed("tests.training_workers:train_cases", 2, timeout=300, cases=cases, output=str(root))
+    (results, *_) = run_distributed("tests.training_workers:train_cases", 2, timeout=300, arguments={"cases": cases, "output": str(root)})
     return results
 
 

@@ -92,7 +92,7 @@ def reference_run(plan: Plan) -> Reference:
         grad_norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), options.optim.grad_clip)))
         optimizer.step()
         schedule.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return Reference(
         losses,
         grad_norms,
