@@ -128,11 +128,12 @@ def train_flags(words: list[str]) -> list[str]:
     return words[place + 1 :]
 
 
-@pytest.mark.parametrize("name", TRAIN_SCRIPTS)
+@pytest.mark.parametrize("name", [*TRAIN_SCRIPTS, "encode_dataset"])
 def test_what_sbatch_is_told(name: str) -> None:
     lines = (ROOT / f"slurm/{name}.sh").read_text("utf-8").splitlines()
     asked = [line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH ")]
-    assert {"--requeue", "--open-mode=append", "--output=%x_%j.out", "--ntasks-per-node=1"} <= set(asked)
+    log = "%x_%A_%a.out" if name == "encode_dataset" else "%x_%j.out"
+    assert {"--requeue", "--open-mode=append", f"--output={log}", "--ntasks-per-node=1"} <= set(asked)
     assert any(line.startswith("--signal=B:USR1@") for line in asked)
     assert any(line.startswith("--nodes=") for line in asked)
     assert any(line.startswith("--gpus-per-node=") for line in asked)
@@ -346,6 +347,32 @@ def test_torchrun_itself_ignores_the_warning(cluster: Cluster) -> None:
     mask = int((cluster.home / "ignored").read_text().split()[1], 16)
     assert mask & 1 << (signal.SIGUSR1 - 1)
     assert (cluster.home / "words").read_text().startswith("-m torch.distributed.run --nnodes=4 ")
+
+
+ENCODE = {"MEGAWAN_VIDEOS": f"/videos/{AWKWARD}", "SLURM_ARRAY_TASK_ID": "5"}
+
+
+def test_an_array_task_encodes_its_share(cluster: Cluster) -> None:
+    done = cluster.run("encode_dataset", "--num_frames", "81", **ENCODE)
+    assert done.returncode == 0, done.stderr
+    (words,) = cluster.calls("srun")
+    place = words.index(str(cluster.root / "tools/encode_dataset.py"))
+    assert words[place - 1] == str(cluster.root / ".venv/bin/python")
+    assert words[place + 1 :] == [
+        *("--input", f"/videos/{AWKWARD}", "--output", f"/data/{AWKWARD}"),
+        *("--shard", "5/8", "--num_frames", "81"),
+    ]
+
+
+def test_resubmitted_array_tasks_keep_their_shares(cluster: Cluster) -> None:
+    # sbatch --array=3,5 makes SLURM_ARRAY_TASK_COUNT 2; the shares stay eighths.
+    cluster.run("encode_dataset", SLURM_ARRAY_TASK_COUNT="2", **ENCODE)
+    cluster.run("encode_dataset", MEGAWAN_SHARDS="16", **ENCODE)
+    assert [flag(words, "--shard") for words in cluster.calls("srun")] == ["5/8", "5/16"]
+    wrong = cluster.run("encode_dataset", **{**ENCODE, "SLURM_ARRAY_TASK_ID": "8"})
+    check_user_error(wrong, "task 8", "8 shares", "MEGAWAN_SHARDS")
+    check_user_error(cluster.run("encode_dataset", **ENCODE, MEGAWAN_SHARDS="all"), "all", "MEGAWAN_SHARDS")
+    check_user_error(cluster.run("encode_dataset"), "MEGAWAN_VIDEOS")
 
 
 # -------------------------------------------------------------------------------------------------- launchers
