@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Size, Tensor
 
 from megawan import checkpoint
 from tests.distributed import run_distributed
@@ -74,10 +75,8 @@ def test_every_layout_trains_the_reference_run(
     assert found["grad_norms"] == pytest.approx(wanted.grad_norms, rel=1e-5)
     saved = checkpoint.StepWeights(Path(found["folder"]))
     assert sorted(saved.keys()) == sorted(wanted.masters)
-    moments = {
-        key: saved.load_range("exp_avg", key, 0, value.numel()).view(value.shape) for key, value in wanted.exp_avg.items()
-    }
-    difference, where = worst_difference(moments, wanted.exp_avg)
+    moments = {name: value.flatten() for name, value in wanted.exp_avg.items()}
+    difference, where = worst_difference(flat_tensors(saved, "exp_avg"), moments)
     assert difference < 2e-5, f"gradient of {where}"
     # Adam divides by the root of the second moment: where a gradient is near zero, rounding decides the update's sign.
     difference, where = worst_difference({key: saved.load(key) for key in wanted.masters}, wanted.masters)
@@ -91,6 +90,16 @@ def test_a_resumed_run_takes_the_same_last_step(name: str, trained: dict[str, An
     assert resumed["start"] == 2
     assert resumed["losses"] == pytest.approx(whole["losses"][2:], rel=1e-5)
     assert resumed["grad_norms"] == pytest.approx(whole["grad_norms"][2:], rel=1e-5)
+    # The step after the resume used the loaded moments and their count: its update shows whether they were right.
+    wanted, found = (checkpoint.StepWeights(Path(run["folder"])) for run in (whole, resumed))
+    for kind, tolerance in (("exp_avg", 2e-5), ("exp_avg_sq", 2e-5), ("master", 2e-4)):
+        difference, where = worst_difference(flat_tensors(found, kind), flat_tensors(wanted, kind))
+        assert difference < tolerance, f"{kind} of {where}"
+
+
+def flat_tensors(saved: checkpoint.StepWeights, kind: str) -> dict[str, Tensor]:
+    """Return every parameter's `kind`, flattened, by name."""
+    return {key: saved.load_range(kind, key, 0, Size(saved.shape(key)).numel()) for key in saved.keys()}
 
 
 def test_a_resume_on_the_same_layout_is_bit_identical(trained: dict[str, Any]) -> None:
