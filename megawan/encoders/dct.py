@@ -1,8 +1,8 @@
 """A weightless demo codec with the shape of Wan's VAE: the lowest orthonormal DCT coefficients of each block.
 
-Frame 0 alone gives latent frame 0 (DCT over 8x8 pixels); each later latent frame covers 4 frames (DCT over 4x8x8).
-Of a block's 192 or 768 coefficients 16 are kept. A picture decodes to a soft version of itself: enough for moving
-flat shapes, their colour and their direction; it is no codec for real films.
+Frame 0 alone gives latent frame 0 (DCT over 8x8 pixels); each later latent frame covers 4 frames (DCT over
+4x8x8). Of a block's 192 or 768 coefficients 16 are kept. A picture decodes to a soft version of itself:
+enough for moving flat shapes, their colour and their direction; it is no codec for real films.
 
 Channels 3k, 3k+1, 3k+2 are red, green, blue of coefficient k, with (t, y, x) the frequency along each axis:
 
@@ -28,11 +28,12 @@ from megawan.encoders.codec import check_latents, check_pixels
 
 STRIDE = (4, 8, 8)
 CHANNELS = 16
-# Amplitudes (coefficient / sqrt(pixels of a block), so that a flat block has its own value, however long the block is)
-# are stored as (amplitude - MEAN) / SCALE. One row per coefficient above and one for grey; near the mean and the
-# standard deviation over the clips of megawan/data/toy.py, which makes latents of unit scale there.
-MEAN = (-0.80, 0.0, 0.0, 0.0, 0.0, 0.0)
-SCALE = (0.30, 0.15, 0.15, 0.10, 0.08, 0.08)
+# Amplitudes (coefficient / sqrt(pixels of a block), so that a flat block has its own value, however long it
+# is) are stored as (amplitude - MEAN) / SCALE. One entry per coefficient above and one for grey; near the
+# mean and the standard deviation over the clips of megawan/data/toy.py, which makes latents of unit scale
+# there.
+MEAN = (-0.75, 0.0, 0.0, 0.0, 0.0, 0.0)
+SCALE = (0.22, 0.06, 0.06, 0.07, 0.025, 0.04)
 
 
 class DctCodec:
@@ -51,7 +52,7 @@ class DctCodec:
         self._scale = _per_channel(SCALE).to(device)
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Return latents float32 [B, 16, 1 + (T-1)/4, H/8, W/8] of pixels [B, 3, T, H, W] in [-1, 1]."""
+        """Return latents float32 [B, 16, 1 + (T-1)/4, H/8, W/8] of pixels [B, 3, T, H, W]."""
         check_pixels(pixels, STRIDE)
         pixels = pixels.to(self._mean)
         first = self._analyse(pixels[:, :, :1], self._first)
@@ -61,7 +62,7 @@ class DctCodec:
         )
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Return pixels float32 [B, 3, 1 + 4 (f-1), 8h, 8w], clamped to [-1, 1], of latents [B, 16, f, h, w]."""
+        """Return pixels float32 [B, 3, 1 + 4 (f-1), 8h, 8w], in [-1, 1] of latents [B, 16, f, h, w]."""
         check_latents(latents, CHANNELS)
         amplitudes = rearrange(latents.to(self._mean), "b c t h w -> b t h w c") * self._scale + self._mean
         first = self._synthesise(amplitudes[:, :1], self._first)
@@ -80,7 +81,7 @@ class DctCodec:
 
 
 def block_basis(frames: int) -> Tensor:
-    """Return the 16 kept functions of a block, float32 [16, 3, frames, 8, 8], orthonormal over all but the first axis.
+    """Return the 16 kept functions of a block, float32 [16, 3, frames, 8, 8], orthonormal rows.
 
     `frames` is 1 for latent frame 0 and 4 for the others; the table is this module's docstring.
     """

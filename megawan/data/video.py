@@ -1,0 +1,294 @@
+"""Media files to frames and back: a file gives a clip of the asked shape, or one line that says why not.
+
+Nothing about a file is believed before it is decoded: the container must be one of CONTAINERS, it may open no
+other file, its declared size is capped, and its frames are counted by decoding them. Frames are resized one
+by one, so a clip costs memory for what is kept.
+"""
+
+import contextlib
+import os
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+Frames = NDArray[np.uint8]  # [T, H, W, 3], or one frame [H, W, 3]
+
+# FFmpeg's names of what mp4, mov, mkv, webm, avi, gif, flv and wmv files hold. Playlists (concat, hls, dash),
+# which would open other files, are not here: a file that is one is refused whatever its name ends in.
+CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,flv,asf"
+IMAGES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"}
+MAX_SIDE = 8192
+MAX_PIXELS = 8192 * 4608
+MAX_FRAMES = 200_000
+MAX_BYTES_KEPT = 4 << 30
+CRF = 12  # visually lossless: what is written here is looked at and measured, not streamed
+
+
+class BadClip(ValueError):
+    """A media file that gives no usable clip; the message is one line that names the file and the reason."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        name = str(path) if str(path).isprintable() else ascii(str(path))
+        self.reason = " ".join(reason.split())
+        super().__init__(f"{name}: {self.reason}")
+
+
+def read_clip(path: Path, num_frames: int, height: int, width: int, fps: float | None) -> Frames:
+    """Return the first `num_frames` frames of a video or an image, uint8 RGB [num_frames, height, width, 3].
+
+    Each frame is scaled until it covers height x width (antialiased) and its centre is kept. `fps` samples
+    the video at that rate by its timestamps, from its first frame on (a slower video repeats frames); None
+    keeps consecutive frames as they are. An image is a video of one frame.
+
+    Raises BadClip for every file that does not give such a clip, ValueError for an illegal request:
+    num_frames must be 4n+1 (Wan's VAE), the sizes and fps positive.
+    """
+    if num_frames < 1 or num_frames % 4 != 1:
+        raise ValueError(f"num_frames must be 4n+1 (1, 5, 9, …); given: {num_frames}")
+    if not (0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE):
+        raise ValueError(f"height and width must be 1 to {MAX_SIDE}; given: {height} and {width}")
+    if fps is not None and not 0 < fps <= 1000:
+        raise ValueError(f"fps must be above 0 and at most 1000, or None to keep all frames; given: {fps}")
+    clip: list[Frames] = []
+    for frame in _resampled(path, fps):
+        if len(clip) < num_frames:
+            # A repeated frame is one object, so it is resized once.
+            clip.append(clip[-1] if clip and frame.repeated else _fit(path, frame.pixels, height, width))
+        if len(clip) == num_frames:
+            return np.stack(clip)
+    rate = "" if fps is None else f" at {fps:g} fps"
+    raise BadClip(path, f"has {len(clip)} frames{rate}; {num_frames} are needed")
+
+
+def read_all(path: Path) -> tuple[Frames, float]:
+    """Return every frame of a small video or image, uint8 RGB [T, H, W, 3], and its mean frames a second.
+
+    An image's rate is 1. Raises BadClip for a file that cannot be read or is larger than MAX_BYTES_KEPT as
+    pixels.
+    """
+    frames: list[Frames] = []
+    times: list[float] = []
+    size = 0
+    for frame in _decoded(path):
+        size += frame.pixels.nbytes
+        if size > MAX_BYTES_KEPT:
+            raise BadClip(
+                path, f"has more than {MAX_BYTES_KEPT >> 30} GiB of pixels, too many to read at once"
+            )
+        if frames and frame.pixels.shape != frames[0].shape:
+            raise BadClip(path, "changes its frame size in the middle")
+        frames.append(frame.pixels)
+        times.append(frame.end)
+    if not frames:
+        raise BadClip(path, "has no frames")
+    return np.stack(frames), len(frames) / times[-1] if times[-1] > 0 else 1.0
+
+
+def write_mp4(path: Path, frames: Frames, fps: float) -> None:
+    """Write `frames`, uint8 RGB [T, H, W, 3] with even H and W, as an H.264 mp4 that every player opens.
+
+    The file appears whole or not at all; its bytes depend on nothing but the frames, fps and the x264
+    version. Raises ValueError for frames that cannot be written, OSError when the folder cannot be.
+    """
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or not frames.size:
+        raise ValueError(f"frames must be uint8 [T, H, W, 3]; given: {frames.dtype} {list(frames.shape)}")
+    height, width = frames.shape[1:3]
+    if height % 2 or width % 2:
+        raise ValueError(f"an H.264 video needs an even height and width; given: {width}x{height}")
+    if not 0 < fps <= 1000:
+        raise ValueError(f"fps must be above 0 and at most 1000; given: {fps}")
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        with open(partial, "wb") as file, av.open(file, "w", format="mp4") as container:
+            # One thread: x264's output depends on their number.
+            stream = container.add_stream(
+                "libx264",
+                rate=Fraction(fps).limit_denominator(1001),
+                options={"crf": str(CRF), "preset": "medium", "threads": "1"},
+            )
+            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            for pixels in frames:
+                picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+                container.mux(stream.encode(picture))
+            container.mux(stream.encode(None))
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def crop_and_resize(pixels: Frames, height: int, width: int) -> Frames:
+    """Return one frame [height, width, 3]: scaled by max(height/h, width/w), antialiased, then its centre."""
+    h, w = pixels.shape[:2]
+    scale = max(height / h, width / w)
+    scaled_h, scaled_w = max(height, round(h * scale)), max(width, round(w * scale))
+    image = Image.fromarray(pixels).resize((scaled_w, scaled_h), Image.Resampling.BILINEAR)
+    top, left = round((scaled_h - height) / 2), round((scaled_w - width) / 2)
+    return np.asarray(image.crop((left, top, left + width, top + height)))
+
+
+@dataclass(frozen=True)
+class _Frame:
+    pixels: Frames  # [h, w, 3]
+    start: float  # seconds since the first frame
+    end: float  # when the next frame is due
+    repeated: bool = False
+
+
+def _fit(path: Path, pixels: Frames, height: int, width: int) -> Frames:
+    h, w = pixels.shape[:2]
+    scale = max(height / h, width / w)
+    if h * scale * w * scale > MAX_PIXELS:
+        raise BadClip(path, f"is {w}x{h}, too thin to fill {width}x{height}")
+    return crop_and_resize(pixels, height, width)
+
+
+def _resampled(path: Path, fps: float | None) -> Iterator[_Frame]:
+    """Yield the frame that is on screen at each k / fps, in order; all frames when fps is None."""
+    if fps is None:
+        yield from _decoded(path)
+        return
+    due = 0
+    for frame in _decoded(path):
+        repeated = False
+        # Half a microsecond: a frame that is due exactly at k / fps must not lose to rounding.
+        while due / fps < frame.end - 5e-7:
+            yield _Frame(frame.pixels, frame.start, frame.end, repeated)
+            repeated = True
+            due += 1
+
+
+def _decoded(path: Path) -> Iterator[_Frame]:
+    """Yield every frame of a video, or the one of an image; raises BadClip where it cannot go on."""
+    if "\0" in str(path):
+        raise BadClip(path, "has a NUL byte in its name")
+    try:
+        if path.is_dir():
+            raise BadClip(path, "is a folder, not a video")
+        if not path.exists():
+            raise BadClip(path, "does not exist")
+        if not path.is_file():
+            raise BadClip(path, "is not a regular file")
+        if not path.stat().st_size:
+            raise BadClip(path, "is empty")
+        file = open(path, "rb")
+    except OSError as error:
+        raise BadClip(path, f"cannot be opened ({error.strerror or error})") from None
+    with file:
+        if path.suffix.lower() in IMAGES:
+            yield _image(path, file)
+        else:
+            yield from _video(path, file)
+
+
+def _image(path: Path, file: BinaryIO) -> _Frame:
+    broken = (OSError, SyntaxError, ValueError, EOFError, LookupError, struct.error, zlib.error)
+    try:
+        with Image.open(file, formats=sorted(set(IMAGES.values()))) as image:
+            _check_size(path, image.width, image.height)
+            upright = ImageOps.exif_transpose(image.convert("RGB"))
+            return _Frame(np.asarray(upright), 0.0, 0.0)
+    except BadClip:
+        raise
+    except Image.DecompressionBombError:
+        raise BadClip(path, f"declares more than {MAX_PIXELS:,} pixels") from None
+    except broken as error:
+        raise BadClip(path, f"cannot be decoded as an image ({_said(error)})") from None
+
+
+def _video(path: Path, file: BinaryIO) -> Iterator[_Frame]:
+    # The open file is given, not its name: a name such as "concat:a|b" means nothing here.
+    broken = (av.error.FFmpegError, OSError, ValueError, RuntimeError, EOFError, MemoryError)
+    with contextlib.ExitStack() as stack:
+        try:
+            container = stack.enter_context(
+                av.open(
+                    file,
+                    options={"max_pixels": str(MAX_PIXELS)},
+                    container_options={"format_whitelist": CONTAINERS, "protocol_whitelist": "file"},
+                    buffer_size=1 << 18,
+                    metadata_errors="replace",
+                )
+            )
+            stream = _video_stream(path, container)
+            stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
+        except BadClip:
+            raise
+        except broken as error:
+            raise BadClip(path, f"is no video that can be opened ({_said(error)})") from None
+        pictures = _pictures(container, stream)
+        period = float(1 / stream.average_rate) if stream.average_rate else 0.0
+        held: tuple[Frames, float] | None = None
+        first, count = None, 0
+        while True:
+            try:
+                picture = next(pictures, None)
+                if picture is None:
+                    break
+                _check_size(path, picture.width, picture.height)
+                if picture.is_corrupt:
+                    raise BadClip(path, f"has a damaged frame, number {count}")
+                seen = float(picture.time) if picture.time is not None else count * period
+                pixels = picture.to_ndarray(format="rgb24")
+            except BadClip:
+                raise
+            except broken as error:
+                raise BadClip(path, f"cannot be decoded after {count} frames ({_said(error)})") from None
+            first = seen if first is None else first
+            now = seen - first
+            count += 1
+            if count > MAX_FRAMES:
+                raise BadClip(path, f"has more than {MAX_FRAMES:,} frames")
+            if held is not None:
+                # Time never runs back, whatever the file says.
+                now = max(now, held[1])
+                yield _Frame(held[0], held[1], now)
+            held = pixels, now
+        if held is None:
+            raise BadClip(path, "has no frames")
+        yield _Frame(held[0], held[1], held[1] + period)
+
+
+def _pictures(container: Any, stream: Any) -> Iterator[Any]:
+    yield from container.decode(stream)
+
+
+def _video_stream(path: Path, container: Any) -> Any:
+    """Return the first real video stream, its declared size and length within the caps."""
+    streams = [
+        stream for stream in container.streams.video if "attached_pic" not in stream.disposition.name.lower()
+    ]
+    if not streams:
+        raise BadClip(path, "has no video stream")
+    stream = streams[0]
+    if stream.codec_context is None:
+        raise BadClip(path, "has a video codec that is not known here")
+    _check_size(path, stream.codec_context.width, stream.codec_context.height)
+    if stream.frames > MAX_FRAMES:
+        raise BadClip(path, f"declares {stream.frames:,} frames; at most {MAX_FRAMES:,} are legal")
+    return stream
+
+
+def _check_size(path: Path, width: int, height: int) -> None:
+    if width < 1 or height < 1:
+        raise BadClip(path, f"declares frames of {width}x{height} pixels")
+    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
+        raise BadClip(
+            path,
+            f"declares frames of {width}x{height}; legal: at most {MAX_SIDE} a side and {MAX_PIXELS} pixels",
+        )
+
+
+def _said(error: BaseException) -> str:
+    """Return the error's own words, without the path that FFmpeg and the system repeat."""
+    if isinstance(error, OSError | av.error.FFmpegError) and error.strerror:
+        return str(error.strerror)
+    return str(error) or type(error).__name__
