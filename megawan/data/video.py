@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import av
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 Frames = NDArray[np.uint8]  # [T, H, W, 3], or one frame [H, W, 3]
 
@@ -159,8 +159,9 @@ def _resampled(path: Path, fps: float | None) -> Iterator[_Frame]:
     due = 0
     for frame in _decoded(path):
         repeated = False
-        # Half a microsecond: a frame that is due exactly at k / fps must not lose to rounding.
-        while due / fps < frame.end - 5e-7:
+        # Half a microsecond: a frame that is due exactly at k / fps must not lose to rounding. The first frame is
+        # always due, also that of an image, which lasts no time.
+        while due == 0 or due / fps < frame.end - 5e-7:
             yield _Frame(frame.pixels, frame.start, frame.end, repeated)
             repeated = True
             due += 1
@@ -199,7 +200,9 @@ def _image(path: Path, file: BinaryIO) -> _Frame:
     except BadClip:
         raise
     except Image.DecompressionBombError:
-        raise BadClip(path, f"declares more than {MAX_PIXELS:,} pixels") from None
+        raise BadClip(path, f"declares more than {MAX_PIXELS} pixels") from None
+    except UnidentifiedImageError:
+        raise BadClip(path, "cannot be decoded as an image (legal: png, jpeg, webp, bmp)") from None
     except broken as error:
         raise BadClip(path, f"cannot be decoded as an image ({_said(error)})") from None
 
@@ -223,7 +226,8 @@ def _video(path: Path, file: BinaryIO) -> Iterator[_Frame]:
         except BadClip:
             raise
         except broken as error:
-            raise BadClip(path, f"is no video that can be opened ({_said(error)})") from None
+            legal = "legal: mp4, mov, mkv, webm, avi, gif, flv, wmv"
+            raise BadClip(path, f"is no video that can be opened ({_said(error)}; {legal})") from None
         pictures = _pictures(container, stream)
         period = float(1 / stream.average_rate) if stream.average_rate else 0.0
         held: tuple[Frames, float] | None = None
@@ -263,9 +267,8 @@ def _pictures(container: Any, stream: Any) -> Iterator[Any]:
 
 def _video_stream(path: Path, container: Any) -> Any:
     """Return the first real video stream, its declared size and length within the caps."""
-    streams = [
-        stream for stream in container.streams.video if "attached_pic" not in stream.disposition.name.lower()
-    ]
+    covers = av.stream.Disposition.attached_pic  # the picture of a song
+    streams = [stream for stream in container.streams.video if not stream.disposition & covers]
     if not streams:
         raise BadClip(path, "has no video stream")
     stream = streams[0]

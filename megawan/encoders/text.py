@@ -8,6 +8,7 @@ from typing import Any
 
 import ftfy
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoTokenizer, ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 
@@ -59,7 +60,7 @@ class TextEncoder:
                 encoder, local_files_only=True, dtype=dtype, output_loading_info=True
             )
             words = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise ValueError(
                 f"cannot open the text encoder {encoder}: {' '.join(str(error).split())}"
             ) from error
