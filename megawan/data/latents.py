@@ -1,0 +1,254 @@
+"""The latent store: safetensors shards that describe themselves, and an index that is written last.
+
+    STORE/shard_00000.safetensors    "<number>.latents", "<number>.text" (+ .clip, .condition); rows and settings in the header
+    STORE/index.json                 settings, every sample's row, every shard's size and sha256, the empty prompt
+
+A shard appears under its name only when it is whole, so an interrupted encode keeps what it finished. Settings (codec,
+encoders, sizes) are fixed for a store: another encode into the same folder is refused with the difference.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megawan.data.batch import Sample
+
+FORMAT = "megawan-latents"
+VERSION = 1
+INDEX = "index.json"
+EMPTY = "empty.safetensors"
+SHARD_BYTES = 1 << 30
+REQUIRED = ("format", "version", "settings", "samples", "shards")
+
+
+class LatentStore:
+    """A finished store, read lazily: each sample's tensors are mapped from their shard when asked for."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises FileNotFoundError or ValueError naming the file that is missing, foreign or of another size."""
+        self.path = path
+        self._index = _read_index(path)
+        self.settings: dict[str, Any] = self._index["settings"]
+        self._rows: list[dict[str, Any]] = self._index["samples"]
+        self.shapes: list[tuple[int, int, int, int]] = [tuple(row["shape"]) for row in self._rows]  # type: ignore[misc]
+        self.latent_channels = int(self.settings["latent_channels"])
+        self.text_dim = int(self.settings["text_dim"])
+        self._handles: dict[str, Any] = {}
+        for name, entry in self._index["shards"].items():
+            file = _inside(path, name)
+            if not file.is_file():
+                raise FileNotFoundError(f"{file}: the store's index lists this shard, but it is missing")
+            if file.stat().st_size != entry["bytes"]:
+                raise ValueError(f"{file}: has {file.stat().st_size} bytes, the index says {entry['bytes']}; encode it again")
+
+    @property
+    def fingerprint(self) -> str:
+        """Return a digest of settings and all samples: equal stores train equal runs."""
+        rows = [[row["source_sha256"], row["prompt"], row["shape"]] for row in self._rows]
+        return _digest({"settings": self.settings, "rows": rows})[:16]
+
+    @property
+    def empty_text(self) -> Tensor:
+        """Return the features of the empty prompt, float32 [S, text_dim]."""
+        return self._tensor(EMPTY, "text")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Return sample `index`. Raises ValueError naming the shard when its bytes cannot be read."""
+        row = self._rows[index]
+        shard, key = row["shard"], row["key"]
+        extras = {name: self._tensor(shard, f"{key}.{name}") for name in ("clip", "condition") if row.get(name)}
+        return Sample(
+            self._tensor(shard, f"{key}.latents"),
+            self._tensor(shard, f"{key}.text"),
+            row["prompt"],
+            extras.get("clip"),
+            extras.get("condition"),
+        )
+
+    def describe(self) -> str:
+        """Return what the store holds, for the start-up lines."""
+        shapes = sorted(set(self.shapes))
+        shown = str(list(shapes[0])) if len(shapes) == 1 else f"{len(shapes)} shapes"
+        return f"{self.path}: {len(self)} samples, latents {shown} by {self.settings['codec']}, text {self.text_dim}"
+
+    def verify(self) -> None:
+        """Read every shard and raise ValueError naming the first whose sha256 is not the index's."""
+        for name, entry in self._index["shards"].items():
+            if _sha256(_inside(self.path, name)) != entry["sha256"]:
+                raise ValueError(f"{self.path / name}: does not have the sha256 of the index; encode it again")
+
+    def _tensor(self, shard: str, key: str) -> Tensor:
+        try:
+            if shard not in self._handles:
+                self._handles[shard] = safe_open(_inside(self.path, shard), framework="pt").__enter__()
+            return self._handles[shard].get_tensor(key).float()  # type: ignore[no-any-return]
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{self.path / shard}: cannot read {key} ({error}); encode it again") from None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave open files behind: each reading process opens its own."""
+        return {**self.__dict__, "_handles": {}}
+
+
+class StoreWriter:
+    """Writes a store sample by sample; as a context manager it flushes what is whole when the block ends well."""
+
+    def __init__(self, path: Path, settings: Mapping[str, Any], shard_bytes: int = SHARD_BYTES) -> None:
+        """Open a new or unfinished store. Raises ValueError when the folder holds one of other settings, or other files."""
+        self.path = path
+        self.settings = dict(settings)
+        self._shard_bytes = shard_bytes
+        self._rows: list[dict[str, Any]] = []
+        self._shards: list[str] = []
+        self._pending: dict[str, Tensor] = {}
+        self._pending_rows: list[dict[str, Any]] = []
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"{path}: exists and is not a folder")
+        for file in sorted(path.glob("*")) if path.is_dir() else []:
+            if file.name.endswith(".tmp"):
+                file.unlink()
+            elif file.name.startswith("shard_") and file.suffix == ".safetensors":
+                self._take_over(file)
+            elif file.name not in (INDEX, EMPTY, "rejected.jsonl"):
+                raise ValueError(f"{path}: holds {file.name}, which is not a latent store's; give a new folder")
+
+    def _take_over(self, file: Path) -> None:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                header = json.loads((opened.metadata() or {}).get(FORMAT, "null"))
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ValueError(f"{file}: not a shard of a latent store ({error}); remove it to encode it again") from None
+        if header is None:
+            raise ValueError(f"{file}: not a shard of a latent store; give a new folder")
+        difference = _difference(header["settings"], self.settings)
+        if difference:
+            raise ValueError(f"{self.path}: was encoded with other settings ({difference}); give a new folder")
+        self._shards.append(file.name)
+        self._rows += [{**row, "shard": file.name} for row in header["rows"]]
+
+    @property
+    def finished(self) -> set[str]:
+        """Return the keys of the samples that are safely in a shard."""
+        return {row["key"] for row in self._rows}
+
+    def add(self, key: str, tensors: Mapping[str, Tensor], row: Mapping[str, Any]) -> None:
+        """Add one sample: tensors "latents", "text" (+ "clip", "condition") and what the index says of it."""
+        # Copies: captions that several clips share are one tensor, and safetensors saves none twice.
+        stored = {f"{key}.{name}": value.detach().to("cpu", torch.float32, copy=True) for name, value in tensors.items()}
+        stored = {name: value.contiguous() for name, value in stored.items()}
+        extras = {name: True for name in tensors if name not in ("latents", "text")}
+        self._pending.update(stored)
+        self._pending_rows.append({"key": key, "shape": list(tensors["latents"].shape), **row, **extras})
+        if sum(value.nbytes for value in self._pending.values()) >= self._shard_bytes:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the samples added since the last shard as one shard."""
+        if not self._pending:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        name = f"shard_{len(self._shards):05d}.safetensors"
+        header = {"settings": self.settings, "rows": self._pending_rows}
+        _write_tensors(self.path / name, self._pending, {FORMAT: json.dumps(header)})
+        self._shards.append(name)
+        self._rows += [{**row, "shard": name} for row in self._pending_rows]
+        self._pending, self._pending_rows = {}, []
+
+    def finish(self, order: list[str], empty_text: Tensor) -> LatentStore:
+        """Write the empty prompt and the index, samples in the `order` of their keys, and return the finished store."""
+        self.flush()
+        self.path.mkdir(parents=True, exist_ok=True)
+        _write_tensors(self.path / EMPTY, {"text": empty_text.detach().to("cpu", torch.float32).contiguous()}, {})
+        by_key = {row["key"]: row for row in self._rows}
+        shards = {
+            name: {"bytes": (self.path / name).stat().st_size, "sha256": _sha256(self.path / name)}
+            for name in [*self._shards, EMPTY]
+        }
+        index = {
+            "format": FORMAT,
+            "version": VERSION,
+            "settings": self.settings,
+            "shards": shards,
+            "samples": [by_key[key] for key in order if key in by_key],
+        }
+        aside = self.path / f"{INDEX}.tmp"
+        aside.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+        _sync(aside)
+        aside.replace(self.path / INDEX)
+        _sync(self.path)
+        return LatentStore(self.path)
+
+    def __enter__(self) -> "StoreWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Drop what is not in a whole shard: a shard's contents depend on the order alone, not on interruptions."""
+        self._pending, self._pending_rows = {}, []
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    file = path / INDEX
+    try:
+        index = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"{path}: not a finished latent store (no {INDEX}); make one: tools/encode_dataset.py") from None
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{file}: not readable as JSON ({error})") from None
+    if not isinstance(index, dict) or index.get("format") != FORMAT:
+        raise ValueError(f"{file}: not the index of a latent store")
+    if index.get("version") != VERSION:
+        raise ValueError(f"{file}: version {index.get('version')}, this program reads {VERSION}; encode again")
+    missing = [key for key in REQUIRED if key not in index]
+    if missing or not index["samples"]:
+        raise ValueError(f"{file}: has no {missing[0] if missing else 'samples'}")
+    return index
+
+
+def _inside(root: Path, name: str) -> Path:
+    if Path(name).name != name:
+        raise ValueError(f"{root / INDEX}: shard name {name!r} leaves the store")
+    return root / name
+
+
+def _difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    keys = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
+    return ", ".join(f"{key}: there {theirs.get(key)!r}, asked {ours.get(key)!r}" for key in keys)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    aside = file.with_name(file.name + ".tmp")
+    save_file(dict(tensors), aside, metadata=metadata)
+    _sync(aside)
+    aside.replace(file)
+    _sync(file.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

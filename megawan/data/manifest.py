@@ -1,0 +1,174 @@
+"""Lists of clips and captions in the forms that people have them: found out, checked row by row, said.
+
+Read are .csv, .json (a list of objects) and .jsonl with the column names of DiffSynth-Studio (`video`, `prompt`),
+VideoX-Fun (`file_path`, `text`) and the HF video folders (`file_name`, `caption`), a folder that holds a
+metadata.csv/.json/.jsonl, and a folder of clips with a .txt caption beside each.
+"""
+
+import csv
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FILE_COLUMNS = ("video", "file_path", "file_name", "path", "image")
+PROMPT_COLUMNS = ("prompt", "text", "caption")
+METADATA_NAMES = ("metadata.csv", "metadata.json", "metadata.jsonl")
+CLIP_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif", ".png", ".jpg", ".jpeg", ".webp")
+LONGEST_FIELD = 1 << 20
+
+
+@dataclass(frozen=True)
+class Row:
+    """One clip: its file, its caption, and the row number that messages name (1 is the first after a header)."""
+
+    path: Path
+    prompt: str
+    number: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All rows, the folder that their paths lie under, and what was found, for people."""
+
+    root: Path
+    rows: tuple[Row, ...]
+    found: str
+
+
+def read_manifest(path: Path, *, root: Path | None = None, allow_outside_root: bool = False) -> Manifest:
+    """Return the clips that `path` lists, a file or a folder; relative paths start at `root` (default: beside it).
+
+    Raises FileNotFoundError or ValueError naming file and row for whatever is missing, malformed or outside the root.
+    """
+    if path.is_dir():
+        listed = next((path / name for name in METADATA_NAMES if (path / name).is_file()), None)
+        if listed is None:
+            return _sidecars(path)
+        path = listed
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    readers = {".csv": _csv_rows, ".json": _json_rows, ".jsonl": _jsonl_rows}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise ValueError(f"{path}: a manifest ends in {', '.join(readers)}, or is a folder")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    records = reader(path, text)
+    if not records:
+        raise ValueError(f"{path}: lists no clips")
+    root = (root or path.parent).resolve()
+    file_column, prompt_column = _columns(path, records[0])
+    rows = []
+    for number, record in enumerate(records, 1):
+        where = f"{path} row {number}"
+        file = _field(record, file_column, where)
+        prompt = _field(record, prompt_column, where)
+        rows.append(Row(resolve_inside(root, file, where, allow_outside_root), prompt, number))
+    return Manifest(root, tuple(rows), f"{path.name}, columns {file_column} and {prompt_column}, {len(rows)} rows")
+
+
+def resolve_inside(root: Path, name: str, where: str, allow_outside_root: bool = False) -> Path:
+    """Return the absolute path of `name` under `root`, links followed.
+
+    Raises ValueError for URLs, NUL bytes and whatever lies outside the root (absolute, .., or through a link).
+    """
+    if "\0" in name:
+        raise ValueError(f"{where}: the path holds a NUL byte")
+    scheme = name.split(":", 1)[0] if ":" in name else ""
+    if scheme.isalpha() and len(scheme) > 1:
+        raise ValueError(f"{where}: {name!r} is not a file path (URLs and protocols are not read)")
+    resolved = (root / name).resolve()
+    if not allow_outside_root and not resolved.is_relative_to(root.resolve()):
+        raise ValueError(f"{where}: {name!r} lies outside {root}; allow it with --allow_outside_root")
+    return resolved
+
+
+def _csv_rows(path: Path, text: str) -> list[dict[str, Any]]:
+    csv.field_size_limit(LONGEST_FIELD)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        names = reader.fieldnames or []
+        if len(set(names)) != len(names):
+            raise ValueError(f"{path}: the header names a column twice: {', '.join(names)}")
+        rows = []
+        for record in reader:
+            if None in record or None in record.values():
+                raise ValueError(f"{path} row {len(rows) + 1}: has not the {len(names)} fields of the header")
+            rows.append(dict(record))
+    except csv.Error as error:
+        raise ValueError(f"{path} line {reader.line_num}: {error}") from None
+    return rows
+
+
+def _json_rows(path: Path, text: str) -> list[dict[str, Any]]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(value, list) or not all(isinstance(record, dict) for record in value):
+        raise ValueError(f"{path}: must be a list of objects")
+    return value
+
+
+def _jsonl_rows(path: Path, text: str) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} line {number}: not JSON ({error})") from None
+        if not isinstance(record, dict):
+            raise ValueError(f"{path} line {number}: must be an object")
+        rows.append(record)
+    return rows
+
+
+def _sidecars(folder: Path) -> Manifest:
+    clips = sorted(file for file in folder.rglob("*") if file.suffix.lower() in CLIP_SUFFIXES)
+    if not clips:
+        raise ValueError(
+            f"{folder}: holds neither {', '.join(METADATA_NAMES)} nor clips ({' '.join(CLIP_SUFFIXES)}) with .txt captions"
+        )
+    rows = []
+    for number, clip in enumerate(clips, 1):
+        where = f"{clip}"
+        caption = clip.with_suffix(".txt")
+        if not caption.is_file():
+            raise ValueError(f"{where}: has no caption file {caption.name} beside it")
+        try:
+            prompt = caption.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError:
+            raise ValueError(f"{caption}: is not UTF-8 text") from None
+        relative = str(clip.relative_to(folder))
+        rows.append(Row(resolve_inside(folder.resolve(), relative, where), _text(prompt, "caption", where), number))
+    return Manifest(folder.resolve(), tuple(rows), f"folder {folder.name}, {len(rows)} clips with .txt captions")
+
+
+def _columns(path: Path, record: dict[str, Any]) -> tuple[str, str]:
+    found = []
+    for kind, legal in (("file", FILE_COLUMNS), ("caption", PROMPT_COLUMNS)):
+        name = next((name for name in legal if name in record), None)
+        if name is None:
+            raise ValueError(f"{path}: no {kind} column; legal: {', '.join(legal)}; found: {', '.join(map(str, record))}")
+        found.append(name)
+    return found[0], found[1]
+
+
+def _field(record: dict[str, Any], name: str, where: str) -> str:
+    if name not in record:
+        raise ValueError(f"{where}: has no {name!r}")
+    return _text(record[name], name, where)
+
+
+def _text(value: Any, name: str, where: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: {name} is {value!r}, not text")
+    if not value.strip():
+        raise ValueError(f"{where}: {name} is blank")
+    return value

@@ -1,0 +1,122 @@
+"""Encode videos and captions into a latent store that training reads; interrupted, it goes on where it stopped.
+
+    python tools/encode_dataset.py --input my_videos --output my_latents --codec wan2.1 --vae Wan2.1_VAE.pth \\
+        --text_encoder google/umt5-xxl --num_frames 81 --height 480 --width 832
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root instead of tools/
+
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from megawan.cli import UserError, parse, run  # noqa: E402
+from megawan.data.encoding import REJECTED, ClipSize, encode  # noqa: E402
+from megawan.data.manifest import read_manifest  # noqa: E402
+from megawan.encoders.codec import open_codec  # noqa: E402
+from megawan.encoders.text import TextEncoder  # noqa: E402
+from megawan.models.variants import get_variant  # noqa: E402
+
+PROG = "tools/encode_dataset.py"
+ALIASES = {"dataset_base_path": "root", "dataset_metadata_path": "input", "output_path": "output"}
+WAN_TEXT_LEN = 512
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which clips, by which encoders, to which size."""
+
+    input: Path
+    """metadata.csv/.json/.jsonl, a folder that holds one, or a folder of clips with .txt captions."""
+    output: Path
+    """Folder of the latent store."""
+    root: Path | None = None
+    """Folder that relative paths start at; default: the manifest's own."""
+    allow_outside_root: bool = False
+    """Let the manifest name files outside that folder."""
+    codec: Literal["dct", "wan2.1", "wan2.2"] = "wan2.1"
+    """Video encoder: Wan's VAEs (2.2 for ti2v-5B), or dct, the weightless demo codec."""
+    vae: Path | None = None
+    """Weights of the VAE: Wan2.1_VAE.pth, Wan2.2_VAE.pth or a diffusers folder; not for dct."""
+    text_encoder: str = "debug"
+    """Folder or file of the UMT5 encoder, or debug for the seeded tiny one of the debug variants."""
+    tokenizer: Path | None = None
+    """Folder of its tokenizer; default: with the encoder."""
+    text_len: int | None = None
+    """Longest caption in tokens; default 512, and 32 for the debug encoder."""
+    num_frames: int = 81
+    """Frames of every clip, 4n+1."""
+    height: int = 480
+    """Pixel height; a multiple of 16 (32 for wan2.2)."""
+    width: int = 832
+    """Pixel width; likewise."""
+    fps: str = "16"
+    """Resample to so many frames a second (24 for ti2v-5B), or keep the file's frames."""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Encode as `argv` says. Raises UserError naming file or flag and cause."""
+    options = parse(Options, argv, prog=PROG, description=(__doc__ or "").split("\n\n")[0], aliases=ALIASES)
+    try:
+        size = ClipSize(options.num_frames, options.height, options.width, frame_rate(options.fps))
+        manifest = read_manifest(options.input, root=options.root, allow_outside_root=options.allow_outside_root)
+        print(f"found {manifest.found}")
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        codec = open_codec(options.codec, options.vae, device)
+        check_size(size, codec.stride)
+        text, text_len = open_text(options)
+        with tqdm(total=len(manifest.rows), desc="encode", unit="clip", disable=None) as bar:
+            report = encode(
+                manifest, options.output, codec, options.codec, text, size, text_len, device=device, tick=bar.update
+            )
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from None
+    store = report.store
+    done = f"{report.encoded} encoded" if report.encoded else "nothing to do"
+    print(f"{done}, {report.kept} kept, {len(report.rejected)} rejected, {text.truncated} captions cut; {store.describe()}")
+    if report.rejected:
+        print(f"the rejected clips and why: {options.output / REJECTED}")
+
+
+def frame_rate(text: str) -> float | None:
+    """Return the --fps value, None for keep. Raises ValueError for anything else."""
+    if text == "keep":
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1000:
+        raise ValueError(f"--fps {text} must be a number above 0, or keep")
+    return value
+
+
+def check_size(size: ClipSize, stride: tuple[int, int, int]) -> None:
+    """Raise ValueError for sizes that the codec and the patches of 2x2 latents do not divide."""
+    if size.num_frames < 1 or (size.num_frames - 1) % stride[0]:
+        raise ValueError(f"--num_frames {size.num_frames} must be {stride[0]}n+1")
+    for name, value, step in (("height", size.height, 2 * stride[1]), ("width", size.width, 2 * stride[2])):
+        if value < step or value % step:
+            raise ValueError(f"--{name} {value} must be a multiple of {step}")
+
+
+def open_text(options: Options) -> tuple[TextEncoder, int]:
+    """Return the text encoder and its longest caption in tokens."""
+    if options.text_encoder == "debug":
+        wan = get_variant("debug").config
+        text, default = TextEncoder.debug(dim=wan.text_dim), wan.text_len
+    else:
+        text, default = TextEncoder.open(Path(options.text_encoder), options.tokenizer or Path(options.text_encoder)), WAN_TEXT_LEN
+    length = options.text_len or default
+    if length < 1:
+        raise ValueError(f"--text_len {length} must be 1 or more")
+    return text, length
+
+
+if __name__ == "__main__":
+    run(main, PROG)
