@@ -129,11 +129,12 @@ def parse(argv: Sequence[str], *, prog: str, description: str) -> TrainConfig:
 
     Raises cli.UserError for an unknown flag or key, a wrong type or an illegal choice.
     """
-    first = cli.parse(TrainConfig, argv, prog=prog, description=description, aliases=ALIASES)
-    if first.config is None:
-        return first
-    defaults = from_dict(TrainConfig, _read_json(first.config), where=str(first.config))
-    return cli.parse(TrainConfig, argv, prog=prog, description=description, aliases=ALIASES, default=defaults)
+    parsed = cli.parse(TrainConfig, argv, prog=prog, description=description, aliases=ALIASES)
+    if parsed.config is not None:
+        defaults = from_dict(TrainConfig, _read_json(parsed.config), where=str(parsed.config))
+        parsed = cli.parse(TrainConfig, argv, prog=prog, description=description, aliases=ALIASES, default=defaults)
+    # Every rank must come to the same configuration, and the launcher gives each another local rank.
+    return dataclasses.replace(parsed, local_rank=-1)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def test_flags_of_other_trainers() -> None:
         "--output_path", "o", "--local_rank=1", "--max_timestep_boundary", "0.417", "--min_timestep_boundary", "0",
     )  # fmt: skip
     assert (parsed.optim.learning_rate, parsed.accumulation, parsed.epochs) == (1e-4, 4, 2)
-    assert (parsed.checkpoint.save_every, parsed.output, parsed.local_rank) == (50, Path("o"), 1)
+    assert (parsed.checkpoint.save_every, parsed.output, parsed.local_rank) == (50, Path("o"), -1)
     assert (parsed.flow.max_timestep_boundary, parsed.flow.min_timestep_boundary) == (0.417, 0.0)
 
 
