@@ -9,6 +9,7 @@ Letters: B batch, L tokens (Lq queries, Lk keys), N heads, K head width.
 
 import importlib
 import importlib.util
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -57,7 +58,7 @@ class MathAttention(_Described):
         dv = torch.einsum("bnqk,bqnd->bknd", weights, wide)
         dweights = torch.einsum("bqnd,bknd->bnqk", wide, _wide(v))
         row = (wide * _wide(out)).sum(-1).transpose(1, 2).unsqueeze(-1)
-        dscores = weights * (dweights - row) * q.shape[-1] ** -0.5
+        dscores = weights * (dweights - row) / math.sqrt(q.shape[-1])
         dq = torch.einsum("bnqk,bknd->bqnd", dscores, _wide(k))
         dk = torch.einsum("bnqk,bqnd->bknd", dscores, _wide(q))
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
@@ -374,12 +375,12 @@ def _installed(module: str) -> bool:
 
 def _scores(q: Tensor, k: Tensor) -> Tensor:
     """Return q·kᵀ/√K [B, N, Lq, Lk]."""
-    return torch.einsum("bqnd,bknd->bnqk", _wide(q), _wide(k)) * q.shape[-1] ** -0.5
+    return torch.einsum("bqnd,bknd->bnqk", _wide(q), _wide(k)) / math.sqrt(q.shape[-1])
 
 
 def _wide(x: Tensor) -> Tensor:
-    dtype: torch.dtype = torch.promote_types(x.dtype, torch.float32)
-    return x.to(dtype)
+    wide: Tensor = x.to(torch.promote_types(x.dtype, torch.float32))
+    return wide
 
 
 def _short(dtype: torch.dtype) -> str:
