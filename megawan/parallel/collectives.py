@@ -79,7 +79,7 @@ class _AllGather(torch.autograd.Function):
         ctx.group = group
         x = x.contiguous()
         y = torch.empty((group.size(), *x.shape), dtype=x.dtype, device=x.device)
-        dist.all_gather_into_tensor(y.flatten(0, 1) if x.ndim else y, x, group=group)
+        dist.all_gather(list(y.unbind(0)), x, group=group)
         return y
 
     @staticmethod
@@ -87,5 +87,5 @@ class _AllGather(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         dy = dy.contiguous()
         dx = torch.empty(dy.shape[1:], dtype=dy.dtype, device=dy.device)
-        dist.reduce_scatter_tensor(dx, dy.flatten(0, 1) if dx.ndim else dy, group=ctx.group)
+        dist.reduce_scatter(dx, list(dy.unbind(0)), group=ctx.group)
         return dx, None

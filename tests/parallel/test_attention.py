@@ -127,8 +127,8 @@ def test_a_kernel_says_what_it_is() -> None:
     [
         (
             ("flash9", "cpu", torch.float32, 12, False, None),
-            "attention 'flash9' is unknown; known: auto, flash3, flash4, sdpa_cudnn, flash2, sdpa_flash, sdpa,"
-            " math; legal for float32 on cpu, head width 12: auto, sdpa, math",
+            "attention 'flash9' is unknown; known: auto, flash3, flash4, sdpa_cudnn, flash2, sdpa_flash,"
+            " sdpa, math; legal for float32 on cpu, head width 12: auto, sdpa, math",
         ),
         (
             ("flash3", "cpu", torch.float32, 12, False, HOPPER),

@@ -1,6 +1,8 @@
 """Context parallelism equals one process; its bytes on the wire; the faults that this must catch."""
 
 import itertools
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 
 from megawan.parallel.context import ContextParallel
 from megawan.parallel.topology import Topology
-from tests.distributed import run_distributed
+from tests.distributed import ROOT, run_distributed
 from tests.parallel.workers import WIDTH, attention_errors
 
 # Divisible; two primes; short enough for four ranks to leave the last empty (5: 2, 2, 1, 0); two; one.
@@ -165,6 +167,21 @@ def test_bytes_on_the_wire(group: tuple[int, list[dict[str, Any]]]) -> None:
             total = sum(rank["forward"] for rank in found)
             ring = 2 * each["length"] * width * (r - 1) * size * groups
             assert total == ulysses * world_size + ring
+
+
+def test_gradients_reach_the_weights_through_torch_compile(two: list[dict[str, Any]]) -> None:
+    """A collective into a buffer that the compiler does not connect with its input would give zero."""
+    for rank in two:
+        assert max(rank["compiled"]) < 1e-12
+
+
+def test_the_example_in_the_documentation_prints_what_it_says(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "context_parallel.md").read_text("utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    file = tmp_path / "example.py"
+    file.write_text(code)
+    for printed in run_distributed("tests.parallel.workers:run_file", 2, arguments={"file": str(file)}):
+        assert printed.startswith("rank ") and printed in page
 
 
 def test_what_cannot_work_says_so_on_every_rank(two: list[dict[str, Any]]) -> None:

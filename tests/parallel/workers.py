@@ -3,9 +3,11 @@
 One group of processes runs many cases, because starting it costs more than they do.
 """
 
+import contextlib
 import datetime
+import io
+import runpy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -24,7 +26,7 @@ BATCH, WIDTH = 2, 8
 TIMEOUT_S = 60.0
 
 
-@contextmanager
+@contextlib.contextmanager
 def world() -> Iterator[int]:
     """Join the gloo world and give this rank's number."""
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=TIMEOUT_S))
@@ -46,6 +48,7 @@ def two_ranks(cases: list[dict[str, Any]], wires: list[dict[str, Any]]) -> dict[
             "mutations": mutations(contexts, length=7, heads=4),
             "deepspeed": against_deepspeed(contexts, length=6, heads=4),
             "refusals": refusals(contexts),
+            "compiled": [compiled_error(contexts.get(2, 1)), compiled_error(contexts.get(1, 2))],
         }
 
 
@@ -286,6 +289,23 @@ def against_deepspeed(contexts: Contexts, length: int, heads: int) -> float:
     return float((context.attend(q, k, v, kernel, length) - theirs(q, k, v, 0)).abs().max())
 
 
+def compiled_error(context: ContextParallel) -> float:
+    """Return the relative error of a parameter's gradient through torch.compile against the eager one."""
+    kernel = select_attention("auto", "cpu", torch.float64, head_dim=WIDTH, need_lse=True)
+    weight = torch.randn(
+        2 * WIDTH, 2 * WIDTH, dtype=torch.float64, generator=generator_at(9)
+    ).requires_grad_()
+    x = torch.randn(1, 4, 2 * WIDTH, dtype=torch.float64, generator=generator_at(9, context.rank))
+
+    def loss() -> Tensor:
+        y = (x @ weight).view(1, 4, 2, WIDTH).sin()
+        return context.attend(y, 2 * y, y + 1, kernel, 7).cos().sum()
+
+    (expected,) = torch.autograd.grad(loss(), weight)
+    (found,) = torch.autograd.grad(torch.compile(loss, backend="aot_eager")(), weight)
+    return relative_error(found, expected)
+
+
 def refusals(contexts: Contexts) -> list[str]:
     """Return the messages of what cannot work, raised on every rank before anything is sent."""
     ring, ulysses = contexts.get(1, 2), contexts.get(2, 1)
@@ -311,3 +331,10 @@ def message(call: Callable[[], object]) -> str:
     except ValueError as error:
         return str(error)
     return "no error"
+
+
+def run_file(file: str) -> str:
+    """Return what the program prints, run as torchrun would."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        runpy.run_path(file, run_name="__main__")
+    return printed.getvalue()
