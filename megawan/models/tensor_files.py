@@ -182,7 +182,8 @@ def _read_pickle(file: Path) -> Stored:
     if foreign:
         raise ValueError(f"{file}: {foreign}")
     try:
-        with warnings.catch_warnings(action="ignore"):  # about pickle protocols; the refusal below says it
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols; a refusal says what matters
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # a damaged or hostile pickle can make the restricted reader raise anything
         raise ValueError(f"{file}: {_why_refused(error)}") from None

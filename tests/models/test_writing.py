@@ -262,6 +262,32 @@ def test_the_model_index_knows_experts_and_tasks(
 # --- when it fails ---
 
 
+def test_every_file_is_on_the_disk_before_the_folder_appears(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[tuple[str, str]] = []
+    sync, replace_name = os.fsync, os.replace
+
+    def fsync(handle: int) -> None:
+        events.append(("sync", Path(os.readlink(f"/proc/self/fd/{handle}")).name))
+        sync(handle)
+
+    def rename(source: Path, target: Path) -> None:
+        events.append(("rename", target.name))
+        replace_name(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", rename)
+    write_weights(
+        InitialWeights(SMALL, 0), SMALL, tmp_path / "x", "native", None, {}, max_shard_bytes=100_000
+    )
+    order = {event: place for place, event in enumerate(events)}
+    for file in (tmp_path / "x").iterdir():
+        name = file.name + ".partial" * (file.suffix == ".safetensors")
+        assert order["sync", name] < order["rename", "x"]
+    assert events[-1] == ("sync", tmp_path.name)
+
+
 def failing(key: str) -> InitialWeights:
     source = InitialWeights(SMALL, 0)
     load = source.load
