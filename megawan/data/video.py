@@ -109,11 +109,12 @@ def write_mp4(path: Path, frames: Frames, fps: float) -> None:
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         with open(partial, "wb") as file, av.open(file, "w", format="mp4") as container:
-            # One thread: x264's output depends on their number.
+            # One thread, because x264's output depends on their number; no B frames and no macroblock tree, with
+            # which one file in some hundreds came out a byte different.
             stream = container.add_stream(
                 "libx264",
                 rate=Fraction(fps).limit_denominator(1001),
-                options={"crf": str(CRF), "preset": "medium", "threads": "1"},
+                options={"crf": str(CRF), "preset": "medium", "threads": "1", "bf": "0", "mbtree": "0"},
             )
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
             for pixels in frames:
@@ -159,8 +160,8 @@ def _resampled(path: Path, fps: float | None) -> Iterator[_Frame]:
     due = 0
     for frame in _decoded(path):
         repeated = False
-        # Half a microsecond: a frame that is due exactly at k / fps must not lose to rounding. The first frame is
-        # always due, also that of an image, which lasts no time.
+        # Half a microsecond: a frame that is due exactly at k / fps must not lose to rounding. The first
+        # frame is always due, also that of an image, which lasts no time.
         while due == 0 or due / fps < frame.end - 5e-7:
             yield _Frame(frame.pixels, frame.start, frame.end, repeated)
             repeated = True
@@ -281,8 +282,8 @@ def _video_stream(path: Path, container: Any) -> Any:
 
 
 def _check_size(path: Path, width: int, height: int) -> None:
-    if width < 1 or height < 1:
-        raise BadClip(path, f"declares frames of {width}x{height} pixels")
+    if width < 1 or height < 1:  # FFmpeg itself puts 0x0 in the place of a size above max_pixels
+        raise BadClip(path, f"declares no size of its frames, or one above {MAX_PIXELS} pixels")
     if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
         raise BadClip(
             path,
