@@ -109,8 +109,8 @@ def write_mp4(path: Path, frames: Frames, fps: float) -> None:
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         with open(partial, "wb") as file, av.open(file, "w", format="mp4") as container:
-            # One thread, because x264's output depends on their number; no B frames and no macroblock tree, with
-            # which one file in some hundreds came out a byte different.
+            # One thread, because x264's output depends on their number; no B frames and no macroblock tree,
+            # with which one file in some hundreds came out a byte different.
             stream = container.add_stream(
                 "libx264",
                 rate=Fraction(fps).limit_denominator(1001),
@@ -242,7 +242,9 @@ def _video(path: Path, file: BinaryIO) -> Iterator[_Frame]:
                 if picture.is_corrupt:
                     raise BadClip(path, f"has a damaged frame, number {count}")
                 seen = float(picture.time) if picture.time is not None else count * period
-                pixels = picture.to_ndarray(format="rgb24")
+                # Phones store pictures lying, and the angle (degrees counter-clockwise) that sets them upright.
+                upright = np.rot90(picture.to_ndarray(format="rgb24"), round(picture.rotation / 90))
+                pixels = np.ascontiguousarray(upright)
             except BadClip:
                 raise
             except broken as error:

@@ -190,6 +190,30 @@ def test_an_image_is_turned_as_its_camera_was_held(tmp_path: Path) -> None:
     assert read_all(path)[0].shape == (1, 40, 20, 3)
 
 
+@pytest.mark.parametrize(
+    ("matrix", "corner"),
+    [((0, 1, -1, 0), (0, -1)), ((-1, 0, 0, -1), (-1, -1)), ((0, -1, 1, 0), (-1, 0))],
+)
+def test_a_video_is_turned_as_its_camera_was_held(
+    tmp_path: Path, matrix: tuple[int, int, int, int], corner: tuple[int, int]
+) -> None:
+    # (a, b, c, d) sends the point (x, y) to (a x + c y, b x + d y), y downwards: the first is a quarter
+    # clockwise, which takes the top left corner to the top right.
+    frames = np.zeros((5, 48, 64, 3), np.uint8)
+    frames[:, :24, :32] = 255
+    write_mp4(tmp_path / "a.mp4", frames, 16)
+    data = (tmp_path / "a.mp4").read_bytes()
+    identity, one = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30), 1 << 16
+    a, b, c, d = (one * value for value in matrix)
+    place = data.index(identity, data.index(b"tkhd"))
+    turned = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    (tmp_path / "b.mp4").write_bytes(data[:place] + turned + data[place + len(turned) :])
+    clip, _ = read_all(tmp_path / "b.mp4")
+    assert clip.shape == ((5, 48, 64, 3) if matrix[0] else (5, 64, 48, 3))
+    assert clip[0][corner].min() > 250
+    assert clip[0].mean() < 100
+
+
 # Crop and resize.
 
 
@@ -203,6 +227,14 @@ def test_the_centre_is_kept_and_nothing_is_stretched() -> None:
     expected[5:15, 5:15] = 255
     assert np.abs(out.astype(int) - expected)[[0, 7, 10, 19]][:, [0, 7, 10, 19]].max() == 0
     assert np.array_equal(crop_and_resize(wide, 40, 120), wide)
+
+
+def test_the_scaled_size_is_rounded_and_then_cropped() -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (30, 53, 3), dtype=np.uint8)
+    scaled = Image.fromarray(picture).resize((28, 16), Image.Resampling.BILINEAR)  # 53 x 16 / 30 = 28.3
+    assert np.array_equal(crop_and_resize(picture, 16, 16), np.asarray(scaled)[:, 6:22])
+    scaled = Image.fromarray(picture[:, :50]).resize((27, 16), Image.Resampling.BILINEAR)  # 26.7
+    assert np.array_equal(crop_and_resize(picture[:, :50], 16, 16), np.asarray(scaled)[:, 6:22])
 
 
 def test_making_smaller_averages_and_does_not_skip() -> None:
@@ -331,6 +363,17 @@ def test_a_file_cut_or_zeroed_in_the_middle_gives_the_shape_or_one_line(tmp_path
                     assert "\n" not in str(error)
                     refused += 1
     assert refused >= 9
+
+
+def test_a_frame_that_its_decoder_calls_damaged_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "damaged.avi"
+    noise = np.random.default_rng(1).integers(0, 256, (20, 48, 64, 3), dtype=np.uint8)
+    write(path, "mpeg4", noise, "yuv420p")
+    data = path.read_bytes()
+    place = len(data) // 2
+    path.write_bytes(data[:place] + bytes(300) + data[place + 300 :])
+    with pytest.raises(BadClip, match="has a damaged frame, number"):
+        read_all(path)
 
 
 def test_a_clip_that_is_long_enough_before_the_damage_is_used(tmp_path: Path) -> None:
