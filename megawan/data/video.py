@@ -242,7 +242,7 @@ def _video(path: Path, file: BinaryIO) -> Iterator[_Frame]:
                 if picture.is_corrupt:
                     raise BadClip(path, f"has a damaged frame, number {count}")
                 seen = float(picture.time) if picture.time is not None else count * period
-                # Phones store pictures lying, and the angle (degrees counter-clockwise) that sets them upright.
+                # Phones store pictures lying, and the angle (degrees anti-clockwise) that sets them right.
                 upright = np.rot90(picture.to_ndarray(format="rgb24"), round(picture.rotation / 90))
                 pixels = np.ascontiguousarray(upright)
             except BadClip:
