@@ -1,0 +1,101 @@
+"""Manifests in every known form, and every mistake with its row number."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megawan.data.manifest import read_manifest
+
+
+def table(tmp_path: Path, name: str, content: str | bytes) -> Path:
+    for clip in ("a.mp4", "b.mp4"):
+        (tmp_path / clip).write_bytes(b"x")
+    file = tmp_path / name
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return file
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metadata.csv", "video,prompt\na.mp4,one\nb.mp4,two\n"),
+        ("metadata.csv", "\ufeffvideo,prompt\r\na.mp4,one\r\nb.mp4,two\r\n"),
+        ("list.csv", "file_path,text,type\na.mp4,one,video\nb.mp4,two,video\n"),
+        ("list.csv", "file_name,caption\na.mp4,one\nb.mp4,two\n"),
+        ("list.json", json.dumps([{"video": "a.mp4", "prompt": "one"}, {"video": "b.mp4", "prompt": "two"}])),
+        ("list.jsonl", '{"video": "a.mp4", "prompt": "one"}\n\n{"video": "b.mp4", "prompt": "two"}\n'),
+    ],
+)
+def test_known_forms(tmp_path: Path, name: str, content: str) -> None:
+    manifest = read_manifest(table(tmp_path, name, content))
+    assert [(row.path.name, row.prompt, row.number) for row in manifest.rows] == [("a.mp4", "one", 1), ("b.mp4", "two", 2)]
+    assert "2 rows" in manifest.found
+
+
+def test_a_folder_with_metadata_and_a_folder_with_captions_beside(tmp_path: Path) -> None:
+    table(tmp_path, "metadata.csv", "video,prompt\na.mp4,one\n")
+    assert [row.prompt for row in read_manifest(tmp_path).rows] == ["one"]
+    (tmp_path / "metadata.csv").unlink()
+    (tmp_path / "a.txt").write_text("first")
+    (tmp_path / "b.txt").write_text("second")
+    assert [row.prompt for row in read_manifest(tmp_path).rows] == ["first", "second"]
+    (tmp_path / "b.txt").unlink()
+    with pytest.raises(ValueError, match=r"b\.mp4: has no caption file b\.txt"):
+        read_manifest(tmp_path)
+
+
+def test_quoted_fields_keep_commas_quotes_and_lines(tmp_path: Path) -> None:
+    manifest = read_manifest(table(tmp_path, "m.csv", 'video,prompt\na.mp4,"a ""b"", c\nd"\n'))
+    assert manifest.rows[0].prompt == 'a "b", c\nd'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("m.csv", "", "lists no clips"),
+        ("m.csv", "video,prompt\n", "lists no clips"),
+        ("m.csv", "film,prompt\na.mp4,one\n", "no file column; legal: video, file_path"),
+        ("m.csv", "video,words\na.mp4,one\n", "no caption column; legal: prompt, text"),
+        ("m.csv", "video,prompt\na.mp4,one\nb.mp4\n", "row 2: has not the 2 fields"),
+        ("m.csv", "video,prompt\na.mp4,one,more\n", "row 1: has not the 2 fields"),
+        ("m.csv", "video,video\na.mp4,one\n", "names a column twice"),
+        ("m.csv", "video,prompt\na.mp4,one\nb.mp4,  \n", "row 2: prompt is blank"),
+        ("m.csv", 'video,prompt\na.mp4,"one\n', "line"),
+        ("m.csv", b"\xff\xfev\x00i\x00", "not UTF-8"),
+        ("m.json", '[{"video": "a.mp4", "prompt": NaN}]', "row 1: prompt is nan, not text"),
+        ("m.json", '[{"video": "a.mp4", "prompt": 7}]', "row 1: prompt is 7, not text"),
+        ("m.json", '{"video": "a.mp4"}', "list of objects"),
+        ("m.json", "[", "not JSON"),
+        ("m.jsonl", '{"video": "a.mp4", "prompt": "x"}\n{', "line 2: not JSON"),
+        ("m.txt", "a.mp4", "a manifest ends in .csv, .json, .jsonl"),
+        ("m.csv", "video,prompt\n../x.mp4,one\n", "row 1: '../x.mp4' lies outside"),
+        ("m.csv", "video,prompt\n/etc/passwd,one\n", "row 1: '/etc/passwd' lies outside"),
+        ("m.csv", "video,prompt\nhttps://x/y.mp4,one\n", "not a file path"),
+        ("m.csv", "video,prompt\nconcat:a.mp4|b.mp4,one\n", "not a file path"),
+        ("m.json", json.dumps([{"video": "a\0.mp4", "prompt": "x"}]), "NUL"),
+    ],
+)
+def test_mistakes_name_file_and_row(tmp_path: Path, name: str, content: str | bytes, words: str) -> None:
+    file = table(tmp_path, name, content)
+    with pytest.raises(ValueError) as caught:
+        read_manifest(file)
+    assert name in str(caught.value) and words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_links_may_not_lead_out_unless_allowed(tmp_path: Path) -> None:
+    inside, outside = tmp_path / "in", tmp_path / "out"
+    inside.mkdir()
+    outside.mkdir()
+    (outside / "secret.mp4").write_bytes(b"x")
+    (inside / "a.mp4").symlink_to(outside / "secret.mp4")
+    file = inside / "m.csv"
+    file.write_text("video,prompt\na.mp4,one\n")
+    with pytest.raises(ValueError, match="lies outside"):
+        read_manifest(file)
+    assert read_manifest(file, allow_outside_root=True).rows[0].path == outside / "secret.mp4"
+
+
+def test_a_missing_manifest(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nope\.csv: no such file"):
+        read_manifest(tmp_path / "nope.csv")
