@@ -1,8 +1,8 @@
 """Checkpoints that commit like a database: written aside, verified, then renamed; never half there.
 
-A step folder holds one safetensors file a rank (no executable code) with that rank's fragments of the fp32 masters
-and Adam moments, each with its place in the whole parameter, and a manifest with every file's size and sha256. Any
-world size, ZeRO stage or layout reads what any other wrote.
+A step folder holds one safetensors file a rank (no executable code) with that rank's fragments of the fp32
+masters and Adam moments, each with its place in the whole parameter, and a manifest with every file's size
+and sha256. Any world size, ZeRO stage or layout reads what any other wrote.
 """
 
 import hashlib
@@ -44,7 +44,8 @@ class CheckpointOptions:
 
 @dataclass(frozen=True)
 class Fragment:
-    """A flat fp32 piece of one parameter's `kind` ("master" or a moment): elements start .. start + len(values)."""
+    """A flat fp32 piece of one parameter's `kind` ("master" or a moment): elements start .. start +
+    len(values)."""
 
     kind: str
     name: str
@@ -65,7 +66,8 @@ def check(options: CheckpointOptions) -> None:
 
 
 def step_folders(root: Path) -> list[Path]:
-    """Return the committed step folders under `root`, newest first; temporary and foreign names are not counted."""
+    """Return the committed step folders under `root`, newest first; temporary and foreign names are not
+    counted."""
     found = [path for path in root.glob("step_*") if path.is_dir() and _STEP_FOLDER.fullmatch(path.name)]
     return sorted(found, key=_step_of, reverse=True)
 
@@ -73,8 +75,8 @@ def step_folders(root: Path) -> list[Path]:
 def save(root: Path, step: int, pieces: Iterable[Fragment], state: Mapping[str, Any], keep_last: int) -> Path:
     """Write `root`/step_N with all ranks together and return it; after an error nothing of it remains.
 
-    `state` is JSON: what else a resume needs, and what a person wants to know. Raises OSError on every rank when any
-    rank could not write. The order is: files, their digests, manifest, fsync, rename, `latest`.
+    `state` is JSON: what else a resume needs, and what a person wants to know. Raises OSError on every rank
+    when any rank could not write. The order is: files, their digests, manifest, fsync, rename, `latest`.
     """
     final, aside = root / f"step_{step:07d}", root / f"step_{step:07d}.tmp"
     rank = torch_dist.get_rank()
@@ -103,7 +105,9 @@ def save(root: Path, step: int, pieces: Iterable[Fragment], state: Mapping[str, 
     if not dist.all_succeeded(written and not problem):
         if dist.is_main():
             shutil.rmtree(aside, ignore_errors=True)
-        raise OSError(f"checkpoint of step {step} was not saved: {problem or 'another rank could not write its part'}")
+        raise OSError(
+            f"checkpoint of step {step} was not saved: {problem or 'another rank could not write its part'}"
+        )
     if dist.is_main() and keep_last:
         for old in step_folders(root)[keep_last:]:
             shutil.rmtree(old, ignore_errors=True)
@@ -113,13 +117,15 @@ def save(root: Path, step: int, pieces: Iterable[Fragment], state: Mapping[str, 
 def choose(root: Path, resume: str) -> Path | None:
     """Return the step folder to continue from, the same on all ranks, or None to start anew.
 
-    Raises ValueError when `resume` forbids what was found: "must" without a sound checkpoint, "none" with one, or a
-    path that is damaged. "auto" skips damaged folders, saying so, but refuses to start anew where only damaged
-    ones are left: that would silently lose the run.
+    Raises ValueError when `resume` forbids what was found: "must" without a sound checkpoint, "none" with
+    one, or a path that is damaged. "auto" skips damaged folders, saying so, but refuses to start anew where
+    only damaged ones are left: that would silently lose the run.
     """
     if resume == "none":
         if step_folders(root):
-            raise ValueError(f"--resume none, but {root} holds checkpoints; choose another --output or --resume auto")
+            raise ValueError(
+                f"--resume none, but {root} holds checkpoints; choose another --output or --resume auto"
+            )
         return None
     if resume not in ("auto", "must"):
         verify(Path(resume))
@@ -139,7 +145,8 @@ def choose(root: Path, resume: str) -> Path | None:
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """Return the manifest of a step folder after checking every file's size and sha256, the work split over ranks.
+    """Return the manifest of a step folder after checking every file's size and sha256, the work split over
+    ranks.
 
     Raises DamagedCheckpoint, on every rank alike, naming the first file that is missing or differs.
     """
@@ -165,13 +172,18 @@ def verify(folder: Path) -> dict[str, Any]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the parsed manifest. Raises DamagedCheckpoint when it is absent, not JSON or of another format."""
+    """Return the parsed manifest. Raises DamagedCheckpoint when it is absent, not JSON or of another
+    format."""
     file = folder / "manifest.json"
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DamagedCheckpoint(f"{file}: {error}") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
+    if (
+        not isinstance(manifest, dict)
+        or manifest.get("format") != FORMAT
+        or manifest.get("version") != VERSION
+    ):
         raise DamagedCheckpoint(f"{file}: not a {FORMAT} of version {VERSION}")
     for name in manifest["files"]:
         if Path(name).name != name:
@@ -256,8 +268,11 @@ def _write_rank_file(file: Path, pieces: Iterable[Fragment]) -> tuple[bytes, int
 
 
 def _share_entries(digest: bytes, size: int) -> dict[str, dict[str, Any]]:
-    """Return name → bytes and sha256 of every rank's file, on every rank (tensors only: nothing is pickled)."""
-    mine = torch.tensor(list(digest + size.to_bytes(8, "little")), dtype=torch.uint8, device=dist.collective_device())
+    """Return name → bytes and sha256 of every rank's file, on every rank (tensors only: nothing is
+    pickled)."""
+    mine = torch.tensor(
+        list(digest + size.to_bytes(8, "little")), dtype=torch.uint8, device=dist.collective_device()
+    )
     every = [torch.empty_like(mine) for _ in range(torch_dist.get_world_size())]
     torch_dist.all_gather(every, mine)
     rows = [bytes(row.cpu().tolist()) for row in every]
@@ -283,7 +298,8 @@ def _commit(aside: Path, final: Path, manifest: Mapping[str, Any]) -> None:
     _fsync(aside)
     replaced = final.with_name(final.name + ".replaced.tmp")
     if final.exists():
-        # Resume skipped it as damaged, or this step is saved a second time; it stays until the new one has its name.
+        # Resume skipped it as damaged, or this step is saved a second time; it stays until the new one has
+        # its name.
         shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
     aside.rename(final)

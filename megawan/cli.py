@@ -14,7 +14,8 @@ Options = TypeVar("Options")
 
 
 class UserError(Exception):
-    """A mistake of the person at the keyboard. The message names what was given, what is legal and what to do."""
+    """A mistake of the person at the keyboard. The message names what was given, what is legal and what to
+    do."""
 
 
 def parse(
@@ -29,7 +30,8 @@ def parse(
     """Return `options` (a dataclass) filled from `argv`; `-` and `_` are the same in a flag.
 
     `aliases` maps a flag that other trainers use to ours (both with underscores, without the leading dashes).
-    Raises UserError for an unknown flag, a wrong type or an illegal choice; `--help` prints the help and exits 0.
+    Raises UserError for an unknown flag, a wrong type or an illegal choice; `--help` prints the help and
+    exits 0.
     """
     argv = [_rename(word, aliases or {}) for word in argv]
     printed = io.StringIO()
@@ -67,8 +69,8 @@ def _one_line(box: str, prog: str) -> str:
 def run(main: Callable[[Sequence[str]], None], prog: str, rank: int = 0) -> NoReturn:
     """Call `main(argv)` and exit: 0 when it returns, 2 with one line when it raises UserError, 130 on Ctrl-C.
 
-    In a launched world all ranks find the same mistake and rank 0 says it. Another rank waits until the launcher ends
-    it; one that is still there after 5 seconds found a mistake of its own, and says it.
+    In a launched world all ranks find the same mistake and rank 0 says it. Another rank waits until the
+    launcher ends it; one that is still there after 5 seconds found a mistake of its own, and says it.
     """
     try:
         main(sys.argv[1:])

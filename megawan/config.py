@@ -47,12 +47,14 @@ class ModelOptions:
     """The diffusion transformer."""
 
     variant: str = "debug"
-    """Which Wan: a name of megawan/models/variants.py, such as t2v-1.3B, t2v-14B, i2v-14B-480P, ti2v-5B, debug."""
+    """Which Wan: a name of megawan/models/variants.py, such as t2v-1.3B, t2v-14B, i2v-14B-480P, ti2v-5B,
+    debug."""
     init_from: Path | None = None
-    """Weights to start from (any layout; see docs/checkpoint_formats.md). Without it the start is random, from --seed.
-    Weights only: to continue a run use --checkpoint.resume."""
+    """Weights to start from (any layout; see docs/checkpoint_formats.md). Without it the start is random,
+    from --seed. Weights only: to continue a run use --checkpoint.resume."""
     initialise_missing: bool = False
-    """Let --model.init_from lack parts of the variant; they start from random values of --seed and are listed."""
+    """Let --model.init_from lack parts of the variant; they start from random values of --seed and are
+    listed."""
     recompute: str = "none"
     """Activation checkpointing: none, full, or full:K for the first K blocks."""
     attention: str = "auto"
@@ -72,14 +74,16 @@ class DataOptions:
     width: int | None = None
     """Pixel width of the synthetic clips (default 64); with a store, what its clips must have."""
     prompt_dropout: float = 0.0
-    """Share of samples whose caption is replaced by the empty one, so that guidance works; the specification has 0."""
+    """Share of samples whose caption is replaced by the empty one, so that guidance works; the specification
+    has 0."""
     workers: int = 0
     """Reading processes a rank; 0 reads in the training process (enough for small latents)."""
 
 
 @dataclass(frozen=True)
 class ParallelOptions:
-    """Context parallelism: one video over ulysses_degree x ring_degree ranks; the rest of the world is data parallel."""
+    """Context parallelism: one video over ulysses_degree x ring_degree ranks; the rest of the world is data
+    parallel."""
 
     ulysses_degree: int = 1
     """Ranks that exchange heads for tokens; must divide the heads (12, 24 or 40). Keep it inside a node."""
@@ -92,11 +96,14 @@ class TrainConfig:
     """One training run."""
 
     deepspeed: str = "ds_configs/zero3.json"
-    """DeepSpeed JSON: ZeRO stage, buckets, offload. Ours are in ds_configs/; the path may be relative to the repository."""
+    """DeepSpeed JSON: ZeRO stage, buckets, offload. Ours are in ds_configs/; the path may be relative to the
+    repository."""
     config: Path | None = None
-    """JSON file of these fields, nested by section (a run's own config.json works); the command line wins over it."""
+    """JSON file of these fields, nested by section (a run's own config.json works); the command line wins
+    over it."""
     output: Path | None = None
-    """Run folder: config.json, tensorboard/, checkpoints/. Default: runs/VARIANT-DATE-TIME, a new one each time."""
+    """Run folder: config.json, tensorboard/, checkpoints/. Default: runs/VARIANT-DATE-TIME, a new one each
+    time."""
     steps: int = 20
     """Optimizer steps of the whole run, those before a resume included."""
     epochs: int | None = None
@@ -104,11 +111,13 @@ class TrainConfig:
     micro_batch: int = 1
     """Videos a context-parallel group holds at a time."""
     accumulation: int = 1
-    """Micro-batches a group adds up before an optimizer step; global batch = micro_batch x accumulation x dp."""
+    """Micro-batches a group adds up before an optimizer step; global batch = micro_batch x accumulation x
+    dp."""
     seed: int = 0
     """Seed of initial weights, data order, sigmas, noise and prompt dropout."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Weights and matrix products; auto is bf16 on GPUs and fp32 on CPUs. Masters and optimizer states are always fp32."""
+    """Weights and matrix products; auto is bf16 on GPUs and fp32 on CPUs. Masters and optimizer states are
+    always fp32."""
     dist_timeout: float = 600.0
     """Seconds after which a collective that waits for a lost rank ends the run."""
     dry_run: bool = False
@@ -132,14 +141,17 @@ def parse(argv: Sequence[str], *, prog: str, description: str) -> TrainConfig:
     parsed = cli.parse(TrainConfig, argv, prog=prog, description=description, aliases=ALIASES)
     if parsed.config is not None:
         defaults = from_dict(TrainConfig, _read_json(parsed.config), where=str(parsed.config))
-        parsed = cli.parse(TrainConfig, argv, prog=prog, description=description, aliases=ALIASES, default=defaults)
+        parsed = cli.parse(
+            TrainConfig, argv, prog=prog, description=description, aliases=ALIASES, default=defaults
+        )
     # Every rank must come to the same configuration, and the launcher gives each another local rank.
     return dataclasses.replace(parsed, local_rank=-1)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Return a dataclass as JSON-ready nested dictionaries, paths as strings."""
-    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    return values
 
 
 def from_dict(kind: type, values: Any, *, where: str) -> Any:
@@ -148,7 +160,9 @@ def from_dict(kind: type, values: Any, *, where: str) -> Any:
     Raises cli.UserError naming the file and key for an unknown key or a value of the wrong type.
     """
     if not isinstance(values, dict):
-        raise cli.UserError(f"{where}: expected an object with fields of {kind.__name__}, found {type(values).__name__}")
+        raise cli.UserError(
+            f"{where}: expected an object with fields of {kind.__name__}, found {type(values).__name__}"
+        )
     hints = typing.get_type_hints(kind)
     unknown = [key for key in values if key not in hints]
     if unknown:

@@ -1,4 +1,5 @@
-"""One picture that shows many short clips: a row per caption, a column per source, a few frames of each side by side."""
+"""One picture that shows many short clips: a row per caption, a column per source, a few frames of each side
+by side."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,20 +21,29 @@ class Row:
     clips: Sequence[Frames | None]
 
 
-def contact_sheet(columns: Sequence[str], rows: Sequence[Row], frames_shown: int = 5, cell_height: int = 96) -> Image.Image:
-    """Return the picture: column titles on top, each row's caption above its cells, time running to the right.
+def contact_sheet(
+    columns: Sequence[str], rows: Sequence[Row], frames_shown: int = 5, cell_height: int = 96
+) -> Image.Image:
+    """Return the picture: column titles on top, each row's caption above its cells, time running to the
+    right.
 
-    Each cell shows `frames_shown` frames spread evenly from the first to the last, scaled to `cell_height` pixels.
-    Raises ValueError when there is nothing to show or a row has another number of clips than there are columns.
+    Each cell shows `frames_shown` frames spread evenly from the first to the last, scaled to `cell_height`
+    pixels. Raises ValueError when there is nothing to show or a row has another number of clips than there
+    are columns.
     """
     shapes = [clip.shape for row in rows for clip in row.clips if clip is not None]
     if not shapes or any(len(row.clips) != len(columns) for row in rows):
-        raise ValueError(f"a contact sheet needs rows of {len(columns)} clips, at least one of them not empty")
+        raise ValueError(
+            f"a contact sheet needs rows of {len(columns)} clips, at least one of them not empty"
+        )
     width = max(round(shape[2] * cell_height / shape[1]) for shape in shapes)
     cell = frames_shown * width
     sheet = Image.new(
         "RGB",
-        (MARGIN + len(columns) * (cell + MARGIN), MARGIN + TEXT_HEIGHT + len(rows) * (TEXT_HEIGHT + cell_height + MARGIN)),
+        (
+            MARGIN + len(columns) * (cell + MARGIN),
+            MARGIN + TEXT_HEIGHT + len(rows) * (TEXT_HEIGHT + cell_height + MARGIN),
+        ),
         "white",
     )
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=14)
@@ -48,7 +58,9 @@ def contact_sheet(columns: Sequence[str], rows: Sequence[Row], frames_shown: int
                 continue
             left = MARGIN + column * (cell + MARGIN)
             for place, index in enumerate(np.linspace(0, len(clip) - 1, frames_shown).round().astype(int)):
-                picture = Image.fromarray(clip[index]).resize((width - 2, cell_height), Image.Resampling.NEAREST)
+                picture = Image.fromarray(clip[index]).resize(
+                    (width - 2, cell_height), Image.Resampling.NEAREST
+                )
                 sheet.paste(picture, (left + place * width, top))
         top += cell_height + MARGIN
     return sheet

@@ -1,7 +1,7 @@
 """Process group, rank helpers and agreement checks; the only reader of environment variables.
 
-`deepspeed`, `torchrun`, `srun` and plain `python` all end here: RANK, WORLD_SIZE and LOCAL_RANK decide, and without
-them the process is a world of one.
+`deepspeed`, `torchrun`, `srun` and plain `python` all end here: RANK, WORLD_SIZE and LOCAL_RANK decide, and
+without them the process is a world of one.
 """
 
 import datetime
@@ -35,11 +35,15 @@ def environment(variables: Mapping[str, str] | None = None) -> Environment:
     for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
         text = variables.get(name, default)
         if not text.isdecimal():
-            raise ValueError(f"environment variable {name}={text!r} is not a whole number; the launcher must set it")
+            raise ValueError(
+                f"environment variable {name}={text!r} is not a whole number; the launcher must set it"
+            )
         values[name] = int(text)
     if values["RANK"] >= values["WORLD_SIZE"]:
         raise ValueError(f"RANK={values['RANK']} must be below WORLD_SIZE={values['WORLD_SIZE']}")
-    local_world = variables.get("LOCAL_WORLD_SIZE") or variables.get("LOCAL_SIZE") or str(values["WORLD_SIZE"])
+    local_world = (
+        variables.get("LOCAL_WORLD_SIZE") or variables.get("LOCAL_SIZE") or str(values["WORLD_SIZE"])
+    )
     return Environment(values["RANK"], values["LOCAL_RANK"], values["WORLD_SIZE"], max(1, int(local_world)))
 
 
@@ -52,12 +56,15 @@ def pick_device(local_rank: int) -> torch.device:
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if local_rank >= count:
-        raise ValueError(f"local rank {local_rank} has no GPU: this machine shows {count}; start at most {count} ranks")
+        raise ValueError(
+            f"local rank {local_rank} has no GPU: this machine shows {count}; start at most {count} ranks"
+        )
     return torch.device("cuda", local_rank)
 
 
 def initialize(place: Environment, device: torch.device, timeout_s: float) -> None:
-    """Join the default process group: NCCL on GPUs, gloo on CPUs; every wait in it ends after `timeout_s` seconds."""
+    """Join the default process group: NCCL on GPUs, gloo on CPUs; every wait in it ends after `timeout_s`
+    seconds."""
     if device.type == "cpu":
         # DeepSpeed would otherwise guess its accelerator from the packages it can import.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -68,7 +75,9 @@ def initialize(place: Environment, device: torch.device, timeout_s: float) -> No
         torch.cuda.set_device(device)
     if "MASTER_ADDR" not in os.environ:
         if place.world_size > 1:
-            raise ValueError(f"WORLD_SIZE={place.world_size} but MASTER_ADDR is not set; start through a launcher")
+            raise ValueError(
+                f"WORLD_SIZE={place.world_size} but MASTER_ADDR is not set; start through a launcher"
+            )
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), RANK="0", WORLD_SIZE="1")
         os.environ["LOCAL_RANK"] = "0"
     torch_dist.init_process_group(
@@ -81,7 +90,8 @@ def initialize(place: Environment, device: torch.device, timeout_s: float) -> No
 
 
 def shutdown() -> None:
-    """Leave the process group, all ranks together: a rank that leaves early can abort a slower one on gloo."""
+    """Leave the process group, all ranks together: a rank that leaves early can abort a slower one on
+    gloo."""
     if torch_dist.is_initialized():
         torch_dist.barrier()
         torch_dist.destroy_process_group()
@@ -107,7 +117,11 @@ def say(text: str) -> None:
 
 def collective_device() -> torch.device:
     """Return the device whose tensors the default group can exchange."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch_dist.get_backend() == "nccl" else torch.device("cpu")
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch_dist.get_backend() == "nccl"
+        else torch.device("cpu")
+    )
 
 
 def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
@@ -136,7 +150,8 @@ def share_text(text: str) -> str:
 
 
 def require_agreement(what: str, text: str) -> None:
-    """Raise RuntimeError on every rank when `text` differs between ranks, naming the ranks that differ from rank 0.
+    """Raise RuntimeError on every rank when `text` differs between ranks, naming the ranks that differ from
+    rank 0.
 
     One all-gather of 8 bytes a rank: cheap enough for every step, and it turns a later hang into a message.
     """
@@ -147,4 +162,6 @@ def require_agreement(what: str, text: str) -> None:
     values = [int(value) for value in every]
     strangers = [rank for rank, value in enumerate(values) if value != values[0]]
     if strangers:
-        raise RuntimeError(f"ranks {strangers} disagree with rank 0 about the {what}; this rank has: {text[:500]}")
+        raise RuntimeError(
+            f"ranks {strangers} disagree with rank 0 about the {what}; this rank has: {text[:500]}"
+        )

@@ -1,7 +1,7 @@
 """The DeepSpeed JSON file and our fields, merged into the one dictionary that `deepspeed.initialize` gets.
 
-Batch sizes, clipping, precision and the optimizer are fields of ours. A file may repeat one of them with the same
-value or with "auto"; two values that contradict are an error, not a surprise.
+Batch sizes, clipping, precision and the optimizer are fields of ours. A file may repeat one of them with the
+same value or with "auto"; two values that contradict are an error, not a surprise.
 """
 
 import json
@@ -60,8 +60,9 @@ def resolve(
 ) -> Resolved:
     """Return the file's settings with ours put in; `where` names the file in messages.
 
-    precision "auto" takes what the file says, else bf16 on GPUs and fp32 on CPUs (where fp32 products are faster).
-    Raises ValueError for a contradiction, an unknown stage, fp16, or an "auto" that is not ours to fill.
+    precision "auto" takes what the file says, else bf16 on GPUs and fp32 on CPUs (where fp32 products are
+    faster). Raises ValueError for a contradiction, an unknown stage, fp16, or an "auto" that is not ours to
+    fill.
     """
     config: dict[str, Any] = json.loads(json.dumps(file))  # a copy that shares nothing with the caller's
     zero = config.setdefault("zero_optimization", {})
@@ -69,18 +70,26 @@ def resolve(
     if stage not in (0, 1, 2, 3):
         raise ValueError(f"{where}: zero_optimization.stage is {stage!r}; legal: 0, 1, 2, 3")
     if config.get("fp16", {}).get("enabled") is True:
-        raise ValueError(f"{where}: fp16.enabled is true; Wan trains in bf16 or fp32, remove the fp16 section")
+        raise ValueError(
+            f"{where}: fp16.enabled is true; Wan trains in bf16 or fp32, remove the fp16 section"
+        )
     for section in ("optimizer", "scheduler"):
         if section in config:
-            raise ValueError(f"{where}: has a section {section!r}; set it with --optim.* and remove it from the file")
+            raise ValueError(
+                f"{where}: has a section {section!r}; set it with --optim.* and remove it from the file"
+            )
     if config.get("sequence_parallel_size", 1) not in (1, "auto"):
-        raise ValueError(f"{where}: remove sequence_parallel_size; use --parallel.ulysses_degree and .ring_degree")
+        raise ValueError(
+            f"{where}: remove sequence_parallel_size; use --parallel.ulysses_degree and .ring_degree"
+        )
     config.pop("sequence_parallel_size", None)
     config.pop("fp16", None)
 
     chosen = _precision(config.get("bf16", {}).get("enabled", "auto"), precision, on_gpu, where)
     if stage == 0 and chosen == "bf16":
-        raise ValueError(f"{where}: ZeRO stage 0 with bf16 keeps no fp32 masters we could shard or save; use stage 1")
+        raise ValueError(
+            f"{where}: ZeRO stage 0 with bf16 keeps no fp32 masters we could shard or save; use stage 1"
+        )
     config["bf16"] = {**config.get("bf16", {}), "enabled": chosen == "bf16"}
     for key, ours, flag in (
         ("train_micro_batch_size_per_gpu", micro_batch, "--micro_batch"),
@@ -97,7 +106,9 @@ def resolve(
     config.setdefault("steps_per_print", 1 << 30)  # our own progress line says it
     for name, value in _walk(config):
         if value == "auto":
-            raise ValueError(f"{where}: {name} is 'auto'; write a number (ds_configs/ has examples with reasons)")
+            raise ValueError(
+                f"{where}: {name} is 'auto'; write a number (ds_configs/ has examples with reasons)"
+            )
     return Resolved(config, stage, chosen)
 
 
@@ -110,11 +121,15 @@ def _precision(in_file: Any, asked: str, on_gpu: bool, where: str) -> Precision:
         raise ValueError(f"{where}: bf16.enabled is {in_file!r}; legal: true, false")
     from_file: Precision = "bf16" if in_file else "fp32"
     if asked not in ("auto", from_file):
-        raise ValueError(f"{where}: bf16.enabled means {from_file} but --precision is {asked}; change one of them")
+        raise ValueError(
+            f"{where}: bf16.enabled means {from_file} but --precision is {asked}; change one of them"
+        )
     return from_file
 
 
 def _walk(node: Any, prefix: str = "") -> list[tuple[str, Any]]:
     if isinstance(node, dict):
-        return [pair for key, value in node.items() for pair in _walk(value, f"{prefix}.{key}" if prefix else key)]
+        return [
+            pair for key, value in node.items() for pair in _walk(value, f"{prefix}.{key}" if prefix else key)
+        ]
     return [(prefix, node)]

@@ -1,7 +1,8 @@
 """DeepSpeed's engine around the model: building it sharded, filling it with weights, reading its fp32 states.
 
-The only module that imports deepspeed. DeepSpeed never hears of context parallelism: it shards over the whole world
-and averages gradients over the whole world, at every stage (the loss carries the factor that makes this right).
+The only module that imports deepspeed. DeepSpeed never hears of context parallelism: it shards over the whole
+world and averages gradients over the whole world, at every stage (the loss carries the factor that makes this
+right).
 """
 
 import contextlib
@@ -32,17 +33,24 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def build_model(make: Callable[[], nn.Module], resolved: Resolved, device: torch.device) -> nn.Module:
-    """Return `make()` with parameters in the run's precision on `device`, sharded while it is built at stage 3.
+    """Return `make()` with parameters in the run's precision on `device`, sharded while it is built at stage
+    3.
 
-    Under zero.Init no rank ever holds more than one whole module. Parameter values are left for `load_weights`.
+    Under zero.Init no rank ever holds more than one whole module. Parameter values are left for
+    `load_weights`.
     """
-    # Start-up prints hundreds of lines otherwise, and torch 2.13 warns of calls that are DeepSpeed's to change.
+    # Start-up prints hundreds of lines otherwise, and torch 2.13 warns of calls that are DeepSpeed's to
+    # change.
     deepspeed_logger.setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
     # zero.Init asks DeepSpeed's own view of the process group for the world size.
-    deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False)
+    deepspeed.init_distributed(
+        dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False
+    )
     if resolved.zero_stage == 3:
-        context: contextlib.AbstractContextManager[Any] = deepspeed.zero.Init(config_dict_or_path=resolved.config)
+        context: contextlib.AbstractContextManager[Any] = deepspeed.zero.Init(
+            config_dict_or_path=resolved.config
+        )
     else:
         context = device
     with context:
@@ -53,13 +61,20 @@ def build_model(make: Callable[[], nn.Module], resolved: Resolved, device: torch
 
 
 def initialize(
-    model: nn.Module, leaves: tuple[type[nn.Module], ...], resolved: Resolved, options: OptimOptions, steps: int
+    model: nn.Module,
+    leaves: tuple[type[nn.Module], ...],
+    resolved: Resolved,
+    options: OptimOptions,
+    steps: int,
 ) -> deepspeed.DeepSpeedEngine:
-    """Return the training engine; modules of the `leaves` classes are gathered whole at stage 3 (one message each)."""
+    """Return the training engine; modules of the `leaves` classes are gathered whole at stage 3 (one message
+    each)."""
     shapes = true_shapes(model)
     if resolved.zero_stage == 3:
         set_z3_leaf_modules(model, list(leaves))
-    optimizer = build_optimizer(parameter_groups(model.named_parameters(), shapes, options.weight_decay), options)
+    optimizer = build_optimizer(
+        parameter_groups(model.named_parameters(), shapes, options.weight_decay), options
+    )
     config = dict(resolved.config)
     if resolved.zero_stage == 0:
         config["gradient_clipping"] = 0.0  # stage 0 clips without telling the norm: optimizer_step does it
@@ -74,12 +89,17 @@ def initialize(
 
 
 def true_shapes(model: nn.Module) -> Shapes:
-    """Return every parameter's full shape by name; a parameter sharded by ZeRO-3 shows an empty one itself."""
-    return {name: tuple(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in model.named_parameters()}
+    """Return every parameter's full shape by name; a parameter sharded by ZeRO-3 shows an empty one
+    itself."""
+    return {
+        name: tuple(getattr(parameter, "ds_shape", parameter.shape))
+        for name, parameter in model.named_parameters()
+    }
 
 
 def optimizer_step(engine: deepspeed.DeepSpeedEngine, grad_clip: float) -> None:
-    """Update the weights at an accumulation boundary; at other micro-batches only count (DeepSpeed's rule)."""
+    """Update the weights at an accumulation boundary; at other micro-batches only count (DeepSpeed's
+    rule)."""
     if engine.zero_optimization_stage() == 0 and engine.is_gradient_accumulation_boundary():
         engine._global_grad_norm = nn.utils.clip_grad_norm_(engine.module.parameters(), grad_clip)
     engine.step()
@@ -95,8 +115,8 @@ def grad_norm(engine: deepspeed.DeepSpeedEngine) -> float:
 def load_weights(engine: deepspeed.DeepSpeedEngine, source: TensorSource, tick: Callable[[], None]) -> None:
     """Fill weights and fp32 masters from `source`, one tensor at a time; `tick` is called after each.
 
-    fp32 in the source reaches the masters unrounded; each rank keeps only its own part. The names and shapes of
-    `source` must have been checked against the model before.
+    fp32 in the source reaches the masters unrounded; each rank keeps only its own part. The names and shapes
+    of `source` must have been checked against the model before.
     """
     stage = engine.zero_optimization_stage()
     for name, parameter in engine.module.named_parameters():
@@ -121,7 +141,8 @@ def load_weights(engine: deepspeed.DeepSpeedEngine, source: TensorSource, tick: 
 
 @torch.no_grad()
 def load_optimizer(engine: deepspeed.DeepSpeedEngine, saved: StepWeights, tick: Callable[[], None]) -> None:
-    """Fill Adam's moments and step count and the learning rate from a checkpoint of any world size, stage or layout."""
+    """Fill Adam's moments and step count and the learning rate from a checkpoint of any world size, stage or
+    layout."""
     stage = engine.zero_optimization_stage()
     _create_states(engine)
     for name, parameter in engine.module.named_parameters():
@@ -136,18 +157,23 @@ def load_optimizer(engine: deepspeed.DeepSpeedEngine, saved: StepWeights, tick: 
                 engine.optimizer.state[parameter][kind].copy_(full.view(parameter.shape))
             elif getattr(parameter, "_hp_mapping", None) is not None:
                 held = parameter._hp_mapping.lp_fragment_address
-                _flat_moment(engine, parameter, kind).copy_(saved.load_range(kind, name, held.start, held.numel))
+                _flat_moment(engine, parameter, kind).copy_(
+                    saved.load_range(kind, name, held.start, held.numel)
+                )
         tick()
     _set_adam_step(engine, saved.step)
     schedule = engine.lr_scheduler
     schedule.last_epoch = saved.step
-    for group, base, factor in zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+    for group, base, factor in zip(
+        schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
+    ):
         group["lr"] = base * factor(saved.step)
     schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
 
 
 def fragments(engine: deepspeed.DeepSpeedEngine) -> Iterator[Fragment]:
-    """Yield this rank's share of the fp32 masters and Adam moments; over all ranks every element appears once."""
+    """Yield this rank's share of the fp32 masters and Adam moments; over all ranks every element appears
+    once."""
     stage, rank = engine.zero_optimization_stage(), torch.distributed.get_rank()
     for name, parameter in engine.module.named_parameters():
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
@@ -156,7 +182,9 @@ def fragments(engine: deepspeed.DeepSpeedEngine) -> Iterator[Fragment]:
             if size:
                 yield Fragment("master", name, shape, start, safe_get_local_fp32_param(parameter)[:size])
                 for kind in MOMENTS:
-                    yield Fragment(kind, name, shape, start, safe_get_local_optimizer_state(parameter, kind)[:size])
+                    yield Fragment(
+                        kind, name, shape, start, safe_get_local_optimizer_state(parameter, kind)[:size]
+                    )
         elif stage == 0:
             if rank == 0:  # every rank holds the same whole states
                 yield Fragment("master", name, shape, 0, parameter.detach().flatten())
@@ -173,8 +201,8 @@ def fragments(engine: deepspeed.DeepSpeedEngine) -> Iterator[Fragment]:
 def _flat_moment(engine: deepspeed.DeepSpeedEngine, parameter: Any, kind: str) -> Tensor:
     """Return the view of one parameter's moment in this rank's flat partition, at stages 1 and 2.
 
-    DeepSpeed 0.19.8 links moments to parameters when the first of several groups has stepped, and so never links the
-    others: its own getter fails for them. The flat states themselves are where they should be.
+    DeepSpeed 0.19.8 links moments to parameters when the first of several groups has stepped, and so never
+    links the others: its own getter fails for them. The flat states themselves are where they should be.
     """
     mapping = parameter._hp_mapping
     flat = engine.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
@@ -183,14 +211,16 @@ def _flat_moment(engine: deepspeed.DeepSpeedEngine, parameter: Any, kind: str) -
 
 
 def _local_range(parameter: Any) -> tuple[int, int]:
-    """Return (start, size) of the elements a ZeRO-3 parameter keeps on this rank, the padding of the last left out."""
+    """Return (start, size) of the elements a ZeRO-3 parameter keeps on this rank, the padding of the last
+    left out."""
     share = parameter.ds_tensor.numel()
     start = share * torch.distributed.get_rank(parameter.ds_process_group)
     return start, max(0, min(share, parameter.ds_numel - start))
 
 
 def _refresh_resident(engine: deepspeed.DeepSpeedEngine) -> None:
-    """Gather anew the small parameters that ZeRO-3 keeps whole on every rank: they still hold the old values."""
+    """Gather anew the small parameters that ZeRO-3 keeps whole on every rank: they still hold the old
+    values."""
     resident = engine.optimizer.persistent_parameters
     if resident:
         resident[0].partition(resident, has_been_updated=False)

@@ -35,13 +35,15 @@ def check(options: MetricsOptions) -> None:
 
 
 class LossMeter:
-    """Sums of weighted loss and of per-sigma-bin unweighted loss since the last reading; stays on the device."""
+    """Sums of weighted loss and of per-sigma-bin unweighted loss since the last reading; stays on the
+    device."""
 
     def __init__(self, device: torch.device) -> None:
         self._sums = torch.zeros(2 + 2 * SIGMA_BINS, device=device)
 
     def add(self, loss: Tensor, per_sample: Tensor, sigma: Tensor) -> None:
-        """Add one micro-batch: its scalar weighted loss, unweighted mse [B] and sigma [B], of this rank's tokens."""
+        """Add one micro-batch: its scalar weighted loss, unweighted mse [B] and sigma [B], of this rank's
+        tokens."""
         self._sums[0] += loss.detach()
         self._sums[1] += 1
         bins = (sigma * SIGMA_BINS).long().clamp_(0, SIGMA_BINS - 1)
@@ -51,7 +53,8 @@ class LossMeter:
     def read(self) -> tuple[float, dict[int, float]]:
         """Return the mean loss and the mean of every sigma bin that was hit, over all ranks, and start anew.
 
-        One all-reduce. Each rank holds cp_size times its tokens' share, so the mean over ranks is the mean over samples.
+        One all-reduce. Each rank holds cp_size times its tokens' share, so the mean over ranks is the mean
+        over samples.
         """
         sums = dist.mean_over_ranks(self._sums).cpu()
         self._sums.zero_()
@@ -92,7 +95,9 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter  # 1 s of imports that --help does not need
 
             # purge_step drops what an interrupted run wrote past the checkpoint: no zig-zag after a resume.
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1, flush_secs=10)
+            self._writer = SummaryWriter(
+                str(folder / "tensorboard"), purge_step=first_step + 1, flush_secs=10
+            )
         if sys.stderr.isatty():
             self._bar = tqdm(total=steps, initial=first_step, unit="step", dynamic_ncols=True)
 
@@ -109,7 +114,8 @@ class RunLog:
             for tag, value in scalars.items():
                 self._writer.add_scalar(tag, value, step)
         line = (
-            f"loss {scalars['train/loss']:.4f} | lr {scalars['train/lr']:.2e} | grad_norm {scalars['train/grad_norm']:.3f}"
+            f"loss {scalars['train/loss']:.4f} | lr {scalars['train/lr']:.2e}"
+            f" | grad_norm {scalars['train/grad_norm']:.3f}"
             f" | {seconds_per_step:.3f} s/step | {scalars['perf/tokens_per_s']:,.0f} tokens/s"
         )
         if self._bar is not None:
@@ -134,14 +140,16 @@ def _duration(seconds: float) -> str:
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:
-    """Return peak GiB since the start: allocated GPU memory on a GPU, resident memory of this process on a CPU."""
+    """Return peak GiB since the start: allocated GPU memory on a GPU, resident memory of this process on a
+    CPU."""
     if device.type == "cuda":
         return {"mem/peak_gpu_gib": torch.cuda.max_memory_allocated(device) / 2**30}
     return {"mem/peak_host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
 
 
 def describe_environment() -> dict[str, Any]:
-    """Return versions and hardware for env.json; nothing of the shell's environment, which may hold secrets."""
+    """Return versions and hardware for env.json; nothing of the shell's environment, which may hold
+    secrets."""
 
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {

@@ -16,7 +16,9 @@ class OptimOptions:
     """Optimizer; all states are fp32 and sharded by ZeRO from stage 1 on."""
     learning_rate: float = 1e-5
     """Peak learning rate; 1e-5 is usual for a full finetune of released weights."""
-    schedule: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_min_lr"] = "constant_with_warmup"
+    schedule: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_min_lr"] = (
+        "constant_with_warmup"
+    )
     """Shape after the warm-up, over --steps (transformers.get_scheduler)."""
     warmup_steps: int = 0
     """Optimizer steps of linear warm-up from 0."""
@@ -31,7 +33,8 @@ class OptimOptions:
     eps: float = 1e-8
     """AdamW's epsilon."""
     grad_clip: float = 1.0
-    """Largest global gradient norm; larger gradients are scaled down to it. Must be above 0; inf only measures."""
+    """Largest global gradient norm; larger gradients are scaled down to it. Must be above 0; inf only
+    measures."""
 
 
 def check(options: OptimOptions, steps: int) -> None:
@@ -39,22 +42,33 @@ def check(options: OptimOptions, steps: int) -> None:
     if not options.learning_rate > 0:
         raise ValueError(f"--optim.learning_rate {options.learning_rate} must be above 0")
     if not 0 <= options.warmup_steps <= steps:
-        raise ValueError(f"--optim.warmup_steps {options.warmup_steps} must lie between 0 and --steps {steps}")
+        raise ValueError(
+            f"--optim.warmup_steps {options.warmup_steps} must lie between 0 and --steps {steps}"
+        )
     if options.min_learning_rate and options.schedule != "cosine_with_min_lr":
-        raise ValueError(f"--optim.min_learning_rate needs --optim.schedule cosine_with_min_lr, not {options.schedule}")
+        raise ValueError(
+            f"--optim.min_learning_rate needs --optim.schedule cosine_with_min_lr, not {options.schedule}"
+        )
     if not 0 <= options.min_learning_rate <= options.learning_rate:
         raise ValueError(
-            f"--optim.min_learning_rate {options.min_learning_rate} must lie between 0 and {options.learning_rate}"
+            f"--optim.min_learning_rate {options.min_learning_rate} must lie between 0 and"
+            f" --optim.learning_rate {options.learning_rate}"
         )
     if options.schedule == "constant" and options.warmup_steps:
-        raise ValueError("--optim.schedule constant has no warm-up; choose constant_with_warmup or --optim.warmup_steps 0")
+        raise ValueError(
+            "--optim.schedule constant has no warm-up; choose constant_with_warmup or --optim.warmup_steps 0"
+        )
     if not options.grad_clip > 0:
-        raise ValueError(f"--optim.grad_clip {options.grad_clip} must be above 0; use inf to measure without clipping")
+        raise ValueError(
+            f"--optim.grad_clip {options.grad_clip} must be above 0; use inf to measure without clipping"
+        )
     for name, beta in (("beta1", options.beta1), ("beta2", options.beta2)):
         if not 0 <= beta < 1:
             raise ValueError(f"--optim.{name} {beta} must lie in [0, 1)")
     if options.weight_decay < 0 or options.eps <= 0:
-        raise ValueError(f"--optim.weight_decay {options.weight_decay} must be >= 0 and --optim.eps {options.eps} > 0")
+        raise ValueError(
+            f"--optim.weight_decay {options.weight_decay} must be >= 0 and --optim.eps {options.eps} > 0"
+        )
 
 
 def parameter_groups(
@@ -62,10 +76,11 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Return one group with decay and one without, by the parameter's true shape.
 
-    `shapes` maps names to full shapes: under ZeRO-3 a parameter's own shape is empty. Modulation tables are 3-D but
-    act as shifts and gates, so they count with the biases.
+    `shapes` maps names to full shapes: under ZeRO-3 a parameter's own shape is empty. Modulation tables are
+    3-D but act as shifts and gates, so they count with the biases.
     """
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in parameters:
         is_matrix = len(shapes[name]) >= 2 and not name.endswith(("modulation", "emb_pos"))
         (decayed if is_matrix else plain).append(parameter)
@@ -80,7 +95,9 @@ def _adamw(groups: list[dict[str, Any]], options: OptimOptions) -> torch.optim.O
     )
 
 
-OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], OptimOptions], torch.optim.Optimizer]] = {"adamw": _adamw}
+OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], OptimOptions], torch.optim.Optimizer]] = {
+    "adamw": _adamw
+}
 
 
 def build_optimizer(groups: list[dict[str, Any]], options: OptimOptions) -> torch.optim.Optimizer:

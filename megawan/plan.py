@@ -1,7 +1,8 @@
-"""Everything a run decides before its first collective: one resolved plan, or one message that says what does not fit.
+"""Everything a run decides before its first collective: one resolved plan, or one message that says what does
+not fit.
 
-Imports neither DeepSpeed nor a process group, so `--dry-run` answers on a laptop, and every rank comes to the same
-plan by itself.
+Imports neither DeepSpeed nor a process group, so `--dry-run` answers on a laptop, and every rank comes to the
+same plan by itself.
 """
 
 import datetime
@@ -19,7 +20,7 @@ from megawan.dist import Environment
 from megawan.flow.loss import FlowMatching
 from megawan.models.attention import select_attention
 from megawan.models.recompute import parse_recompute
-from megawan.models.variants import Variant, get_variant
+from megawan.models.variants import CLIP_TOKENS, Variant, WanConfig, get_variant
 from megawan.models.wan import token_grid
 from megawan.parallel.topology import Topology, validate
 
@@ -50,26 +51,20 @@ class Plan:
         shapes = sorted(set(self.data.shapes))
         tokens = [_tokens(shape, wan.patch_size) for shape in shapes]
         longest = max(tokens)
-        shape = cost.ModelShape(
-            wan.dim,
-            wan.ffn_dim,
-            wan.num_heads,
-            wan.num_layers,
-            wan.in_dim,
-            wan.out_dim,
-            wan.text_len,
-            wan.text_dim,
-            wan.freq_dim,
-            wan.has_clip,
-        )
+        shape = model_shape(wan)
         states = cost.model_state_bytes_per_rank(
             cost.parameters(shape), layout.world_size, self.deepspeed.zero_stage, self.deepspeed.precision
         )
         flops = 3 * cost.forward_flops(shape, longest) * self.global_batch
         spread = f"{min(tokens):,} to {longest:,}" if len(shapes) > 1 else f"{longest:,}"
-        start = f"weights of {config.model.init_from}" if config.model.init_from else f"random weights of seed {config.seed}"
+        start = (
+            f"weights of {config.model.init_from}"
+            if config.model.init_from
+            else f"random weights of seed {config.seed}"
+        )
         return [
-            f"model: {config.model.variant}, {cost.parameters(shape):,} parameters, {wan.num_heads} heads, from {start}",
+            f"model: {config.model.variant}, {cost.parameters(shape):,} parameters, {wan.num_heads} heads,"
+            f" from {start}",
             f"data: {self.data.describe()}; {spread} tokens a video",
             f"layout: {layout.world_size} ranks = dp {layout.dp_size} x ring {layout.ring_degree} x ulysses"
             f" {layout.ulysses_degree}; ZeRO stage {self.deepspeed.zero_stage}, {self.deepspeed.precision},"
@@ -81,6 +76,27 @@ class Plan:
             f"cost: {flops / 1e12:,.3g} TFLOP a step (recompute not counted); model states"
             f" {states / 2**30:,.3g} GiB a rank",
         ]
+
+
+def model_shape(wan: WanConfig) -> cost.ModelShape:
+    """Return the sizes of `wan` that its cost depends on."""
+    return cost.ModelShape(
+        wan.dim,
+        wan.ffn_dim,
+        wan.num_heads,
+        wan.num_layers,
+        wan.in_dim,
+        wan.out_dim,
+        wan.text_len,
+        wan.text_dim,
+        wan.freq_dim,
+        image_branch=wan.has_clip,
+        image_tokens=wan.clip_tokens or CLIP_TOKENS,
+        image_positions=wan.pos_embed_seq_len is not None,
+        patch_volume=wan.patch_volume,
+        vace_layers=len(wan.vace_layers),
+        vace_in_dim=wan.vace_in_dim,
+    )
 
 
 def make_plan(config: TrainConfig, place: Environment) -> Plan:
@@ -153,32 +169,48 @@ def open_data(config: TrainConfig, variant: Variant) -> LatentStore | SyntheticL
     stride = variant.vae_stride
     channels = variant.latent_channels
     if asked.path is None:
-        shape = latent_shape(asked.num_frames or 9, asked.height or 64, asked.width or 64, channels, stride, wan.patch_size)
+        shape = latent_shape(
+            asked.num_frames or 9, asked.height or 64, asked.width or 64, channels, stride, wan.patch_size
+        )
         return SyntheticLatents(shape=shape, text_dim=wan.text_dim, text_len=wan.text_len, seed=config.seed)
     store = LatentStore(asked.path)
     if store.latent_channels != channels or store.text_dim != wan.text_dim:
         raise ValueError(
-            f"--data.path {asked.path}: latents of {store.latent_channels} channels and text of {store.text_dim}"
-            f" features, but {config.model.variant} takes {channels} and {wan.text_dim}; encode for this variant"
+            f"--data.path {asked.path}: latents of {store.latent_channels} channels and text of"
+            f" {store.text_dim} features, but {config.model.variant} takes {channels} and {wan.text_dim};"
+            " encode for this variant"
         )
     for size, axis in ((asked.num_frames, 1), (asked.height, 2), (asked.width, 3)):
-        wanted = None if size is None else ((size - 1) // stride[0] + 1 if axis == 1 else size // stride[axis - 1])
+        wanted = (
+            None if size is None else ((size - 1) // stride[0] + 1 if axis == 1 else size // stride[axis - 1])
+        )
         other = next((shape for shape in store.shapes if wanted is not None and shape[axis] != wanted), None)
         if other is not None:
             name = ("num_frames", "height", "width")[axis - 1]
-            raise ValueError(f"--data.{name} {size} means latents of size {wanted}; the store has {tuple(other)}")
+            raise ValueError(
+                f"--data.{name} {size} means latents of size {wanted}; the store has {tuple(other)}"
+            )
     for shape in set(store.shapes):
         _tokens(shape, wan.patch_size)
     return store
 
 
 def latent_shape(
-    frames: int, height: int, width: int, channels: int, stride: tuple[int, int, int], patch: tuple[int, int, int]
+    frames: int,
+    height: int,
+    width: int,
+    channels: int,
+    stride: tuple[int, int, int],
+    patch: tuple[int, int, int],
 ) -> tuple[int, int, int, int]:
-    """Return (C, T, H, W) of a clip's latents. Raises ValueError for sizes that the VAE or the patches do not divide."""
+    """Return (C, T, H, W) of a clip's latents. Raises ValueError for sizes that the VAE or the patches do not
+    divide."""
     if frames < 1 or (frames - 1) % stride[0]:
         raise ValueError(f"{frames} frames: must be {stride[0]}n+1")
-    for name, size, step in (("height", height, stride[1] * patch[1]), ("width", width, stride[2] * patch[2])):
+    for name, size, step in (
+        ("height", height, stride[1] * patch[1]),
+        ("width", width, stride[2] * patch[2]),
+    ):
         if size < step or size % step:
             raise ValueError(f"{name} {size} must be a multiple of {step}")
     return channels, (frames - 1) // stride[0] + 1, height // stride[1], width // stride[2]

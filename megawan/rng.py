@@ -1,7 +1,7 @@
 """Randomness as a function of position: the same (seed, place) always gives the same draw.
 
-No generator state is kept anywhere, so nothing of it goes into a checkpoint, and a run that is resumed or laid out
-on other ranks draws what the uninterrupted run would have drawn.
+No generator state is kept anywhere, so nothing of it goes into a checkpoint, and a run that is resumed or
+laid out on other ranks draws what the uninterrupted run would have drawn.
 """
 
 import hashlib
@@ -12,8 +12,8 @@ import torch
 def position_key(seed: int, *position: int | str) -> int:
     """Return a 63-bit integer that depends on `seed` and every element of `position`, and on their order.
 
-    Elements are ints of any size or strings; 1 and "1" differ. Stable across processes, platforms and versions
-    (BLAKE2b of a length-prefixed text form), unlike Python's `hash`.
+    Elements are ints of any size or strings; 1 and "1" differ. Stable across processes, platforms and
+    versions (BLAKE2b of a length-prefixed text form), unlike Python's `hash`.
     """
     digest = hashlib.blake2b(digest_size=8)
     for element in (seed, *position):

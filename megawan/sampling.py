@@ -1,13 +1,13 @@
 """From captions to latents with a plain, unsharded model: the inference side of what training optimises."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from megawan.checkpoint import StepWeights, step_folders
-from megawan.flow.solver import Progress, euler_sample, guided
+from megawan.flow.solver import euler_sample, guided
 from megawan.models.initial import InitialWeights
 from megawan.models.layouts import TensorSource, open_weights
 from megawan.models.variants import WanConfig, get_variant
@@ -16,7 +16,8 @@ from megawan.rng import generator_at
 
 
 def open_model_weights(path: Path) -> tuple[TensorSource, WanConfig, str]:
-    """Return tensors, architecture and variant name of a training checkpoint (step or run folder) or of any weights.
+    """Return tensors, architecture and variant name of a training checkpoint (step or run folder) or of any
+    weights.
 
     Raises ValueError or FileNotFoundError naming the path when it is neither.
     """
@@ -29,7 +30,8 @@ def open_model_weights(path: Path) -> tuple[TensorSource, WanConfig, str]:
 
 
 def find_step_folder(path: Path) -> Path | None:
-    """Return the step folder that `path` is, or the newest one of the run folder that `path` is, else None."""
+    """Return the step folder that `path` is, or the newest one of the run folder that `path` is, else
+    None."""
     if (path / "manifest.json").is_file():
         return path
     folders = step_folders(path / "checkpoints") or step_folders(path)
@@ -65,15 +67,19 @@ def sample_latents(
     shift: float,
     guidance: float,
     seed: int,
-    progress: Progress | None = None,
+    tick: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """Return latents [B, C, T, H, W] float32 for text [B, S, text_dim] by Euler steps with classifier-free guidance.
+    """Return latents [B, C, T, H, W] float32 for text [B, S, text_dim] by Euler steps with classifier-free
+    guidance.
 
-    empty_text [S, text_dim] is what guidance pushes away from. The start noise of sample i depends on (seed, i) alone,
-    so the batch size does not change a sample.
+    empty_text [S, text_dim] is what guidance pushes away from. `tick` is called after each step. The start
+    noise of sample i depends on (seed, i) alone, so the batch size does not change a sample.
     """
     noise = torch.stack(
-        [torch.randn(tuple(latent_shape), generator=generator_at(seed, "sample", i)) for i in range(len(text))]
+        [
+            torch.randn(tuple(latent_shape), generator=generator_at(seed, "sample", i))
+            for i in range(len(text))
+        ]
     ).to(text.device)
     negative_text = empty_text.expand_as(text)
 
@@ -84,10 +90,16 @@ def sample_latents(
         return model.velocity(x_t, timestep, negative_text)
 
     return euler_sample(
-        guided(positive, negative, guidance), noise, steps=steps, shift=shift, progress=progress
+        guided(positive, negative, guidance),
+        noise,
+        steps=steps,
+        shift=shift,
+        progress=lambda done, total: tick(),
     )
 
 
 def to_frames(pixels: Tensor) -> Tensor:
     """Return frames uint8 [B, T, H, W, 3] of decoded pixels [B, 3, T, H, W] in [-1, 1]."""
-    return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8).permute(0, 2, 3, 4, 1).contiguous()
+    return (
+        ((pixels.clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8).permute(0, 2, 3, 4, 1).contiguous()
+    )

@@ -29,7 +29,7 @@ from megawan.flow.loss import flow_loss
 from megawan.metrics import Clock, LossMeter, RunLog, describe_environment, peak_memory
 from megawan.models.attention import select_attention
 from megawan.models.initial import InitialWeights
-from megawan.models.layouts import open_weights
+from megawan.models.layouts import TensorSource, open_weights
 from megawan.models.wan import LEAF_MODULES, WanModel, patchify, token_grid
 from megawan.parallel.context import ContextParallel
 from megawan.plan import Plan, make_plan, run_folder
@@ -38,7 +38,8 @@ PROG = "megawan/train.py"
 
 
 def main(argv: Sequence[str]) -> None:
-    """Train as `argv` says. Raises cli.UserError before any process group exists when something does not fit."""
+    """Train as `argv` says. Raises cli.UserError before any process group exists when something does not
+    fit."""
     options = config.parse(argv, prog=PROG, description=(__doc__ or "").split("\n\n")[0])
     try:
         place = dist.environment()
@@ -76,7 +77,9 @@ def run(plan: Plan, device: torch.device) -> None:
     )
     dist.say(f"attention: {kernel.describe()}")
     model = engines.build_model(
-        lambda: WanModel(plan.variant.config, attention=kernel, recompute=options.model.recompute), plan.deepspeed, device
+        lambda: WanModel(plan.variant.config, attention=kernel, recompute=options.model.recompute),
+        plan.deepspeed,
+        device,
     )
     engine = engines.initialize(model, LEAF_MODULES, plan.deepspeed, options.optim, plan.steps)
     start = fill(engine, engines, plan, resume_from)
@@ -125,7 +128,9 @@ def loop(
             }
             log.step(step, scalars, seconds / (step - logged))
             tokens, logged = 0, step
-        if step == plan.steps or (options.checkpoint.save_every and step % options.checkpoint.save_every == 0):
+        if step == plan.steps or (
+            options.checkpoint.save_every and step % options.checkpoint.save_every == 0
+        ):
             saved = save(engine, engines, plan, folder, step)
             dist.say(f"saved {saved}")
     log.close()
@@ -150,12 +155,19 @@ def make_batches(plan: Plan, start: int) -> Iterator[list[Batch]]:
 
 
 def train_step(
-    engine: Any, engines: Any, plan: Plan, context: ContextParallel, micro_batches: Sequence[Batch], meter: LossMeter
+    engine: Any,
+    engines: Any,
+    plan: Plan,
+    context: ContextParallel,
+    micro_batches: Sequence[Batch],
+    meter: LossMeter,
 ) -> int:
-    """Take one optimizer step over `micro_batches` and return how many tokens this data-parallel rank trained on.
+    """Take one optimizer step over `micro_batches` and return how many tokens this data-parallel rank trained
+    on.
 
-    The specification's §2, one t per sample: draw sigma and noise, noise the latents, predict the velocity, weighted
-    MSE. All ranks of a context-parallel group draw the same and each takes the loss of its own tokens.
+    The specification's §2, one t per sample: draw sigma and noise, noise the latents, predict the velocity,
+    weighted MSE. All ranks of a context-parallel group draw the same and each takes the loss of its own
+    tokens.
     """
     tokens, patch = 0, plan.variant.config.patch_size
     for batch in micro_batches:
@@ -202,7 +214,8 @@ def loss_tokens(
 
 
 def fill(engine: Any, engines: Any, plan: Plan, resume_from: Path | None) -> int:
-    """Fill the engine with a checkpoint, given weights or random ones; return the step that this stands at."""
+    """Fill the engine with a checkpoint, given weights or random ones; return the step that this stands
+    at."""
     if resume_from is not None:
         saved = checkpoint.StepWeights(resume_from)
         require_same_parameters(engines.true_shapes(engine.module), saved, resume_from)
@@ -211,17 +224,17 @@ def fill(engine: Any, engines: Any, plan: Plan, resume_from: Path | None) -> int
             engines.load_optimizer(engine, saved, bar.update)
         dist.say(f"resumed {resume_from}, written by {saved.manifest['world_size']} ranks")
         return saved.step
+    source: TensorSource = InitialWeights(plan.variant.config, plan.config.seed)
     if plan.config.model.init_from is not None:
-        source = open_weights(
+        opened = open_weights(
             plan.config.model.init_from,
             plan.variant.config,
             expert=plan.variant.expert,
             initialise_missing=plan.config.model.initialise_missing,
             seed=plan.config.seed,
         )
-        dist.say(f"weights: {source.describe()}")
-    else:
-        source = InitialWeights(plan.variant.config, plan.config.seed)
+        dist.say(f"weights: {opened.describe()}")
+        source = opened
     with progress("weights", len(source.keys())) as bar:
         engines.load_weights(engine, source, bar.update)
     return 0

@@ -38,7 +38,12 @@ def parse(*argv: str) -> Options:
 
 def test_dashes_underscores_and_aliases_are_the_same_flag() -> None:
     wanted = Options(section=Section(learning_rate=3e-3))
-    for argv in (("--section.learning_rate", "3e-3"), ("--section.learning-rate=3e-3",), ("--lr", "3e-3"), ("--lr=3e-3",)):
+    for argv in (
+        ("--section.learning_rate", "3e-3"),
+        ("--section.learning-rate=3e-3",),
+        ("--lr", "3e-3"),
+        ("--lr=3e-3",),
+    ):
         assert parse(*argv) == wanted
 
 
@@ -56,7 +61,9 @@ def test_a_value_with_dashes_is_not_taken_for_a_flag() -> None:
         (("--count",), ("--count", "Missing")),
     ],
 )
-def test_a_mistake_is_one_line_that_names_flag_value_and_choices(argv: tuple[str, ...], words: tuple[str, ...]) -> None:
+def test_a_mistake_is_one_line_that_names_flag_value_and_choices(
+    argv: tuple[str, ...], words: tuple[str, ...]
+) -> None:
     with pytest.raises(cli.UserError) as caught:
         parse(*argv)
     message = str(caught.value)

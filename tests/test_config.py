@@ -13,7 +13,9 @@ def parse(*argv: str) -> config.TrainConfig:
 
 
 def test_round_trip_through_json() -> None:
-    original = parse("--steps", "7", "--optim.learning_rate", "1", "--output", "/tmp/x y", "--data.path", "store")
+    original = parse(
+        "--steps", "7", "--optim.learning_rate", "1", "--output", "/tmp/x y", "--data.path", "store"
+    )
     restored = config.from_dict(config.TrainConfig, config.to_dict(original), where="x")
     assert restored == original
 
@@ -28,8 +30,9 @@ def test_command_line_wins_over_file_and_file_over_defaults(tmp_path: Path) -> N
 
 def test_flags_of_other_trainers() -> None:
     parsed = parse(
-        "--learning-rate", "1e-4", "--gradient_accumulation_steps", "4", "--num_epochs", "2", "--save_steps=50",
-        "--output_path", "o", "--local_rank=1", "--max_timestep_boundary", "0.417", "--min_timestep_boundary", "0",
+        "--learning-rate", "1e-4", "--gradient_accumulation_steps", "4", "--num_epochs", "2",
+        "--save_steps=50", "--output_path", "o", "--local_rank=1", "--max_timestep_boundary", "0.417",
+        "--min_timestep_boundary", "0",
     )  # fmt: skip
     assert (parsed.optim.learning_rate, parsed.accumulation, parsed.epochs) == (1e-4, 4, 2)
     assert (parsed.checkpoint.save_every, parsed.output, parsed.local_rank) == (50, Path("o"), -1)
@@ -48,7 +51,9 @@ def test_flags_of_other_trainers() -> None:
         ([], ("expected an object", "list")),
     ],
 )
-def test_a_wrong_file_names_file_key_and_what_is_legal(tmp_path: Path, content: object, words: tuple[str, ...]) -> None:
+def test_a_wrong_file_names_file_key_and_what_is_legal(
+    tmp_path: Path, content: object, words: tuple[str, ...]
+) -> None:
     file = tmp_path / "run.json"
     file.write_text(json.dumps(content))
     with pytest.raises(cli.UserError) as caught:

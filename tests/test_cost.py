@@ -6,8 +6,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megawan import cost
 from megawan.cost import ModelShape
-from megawan.models.variants import VARIANTS, WanConfig, get_variant
+from megawan.models.variants import VARIANTS, get_variant
 from megawan.models.wan import WanModel
+from megawan.plan import model_shape
 
 T2V_1_3B = ModelShape(1536, 8960, 12, 30, 16, 16)
 TI2V_5B = ModelShape(3072, 14336, 24, 30, 48, 48)
@@ -16,32 +17,12 @@ I2V_14B = ModelShape(5120, 13824, 40, 40, 36, 16, image_branch=True)
 FLF2V_14B = ModelShape(5120, 13824, 40, 40, 36, 16, image_branch=True, image_tokens=514, image_positions=True)
 
 
-def shape_of(config: WanConfig) -> ModelShape:
-    return ModelShape(
-        config.dim,
-        config.ffn_dim,
-        config.num_heads,
-        config.num_layers,
-        config.in_dim,
-        config.out_dim,
-        config.text_len,
-        config.text_dim,
-        config.freq_dim,
-        image_branch=config.has_clip,
-        image_tokens=config.clip_tokens or 257,
-        image_positions=config.pos_embed_seq_len is not None,
-        patch_volume=config.patch_volume,
-        vace_layers=len(config.vace_layers),
-        vace_in_dim=config.vace_in_dim,
-    )
-
-
 @pytest.mark.parametrize("name", VARIANTS)
 def test_parameters_are_those_of_the_model(name: str) -> None:
     config = get_variant(name).config
     with torch.device("meta"):
         model = WanModel(config)
-    assert cost.parameters(shape_of(config)) == sum(parameter.numel() for parameter in model.parameters())
+    assert cost.parameters(model_shape(config)) == sum(parameter.numel() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("name", ["debug", "debug-i2v", "debug-vace"])
@@ -61,7 +42,7 @@ def test_linear_flops_are_those_of_the_model(name: str) -> None:
         )
     counted = counter.get_flop_counts()["Global"]
     linear = sum(flops for operation, flops in counted.items() if "attention" not in str(operation))
-    shape, tokens = shape_of(config), 3 * 8 * 6 // 4
+    shape, tokens = model_shape(config), 3 * 8 * 6 // 4
     block = cost.block_flops(shape, tokens)
     attention = (shape.num_layers + shape.vace_layers) * (block.self_attention + block.cross_attention)
     assert linear == cost.forward_flops(shape, tokens) - attention

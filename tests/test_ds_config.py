@@ -45,7 +45,10 @@ def test_the_input_is_left_alone_and_auto_is_filled() -> None:
     file = {"train_micro_batch_size_per_gpu": "auto", "gradient_clipping": "auto"}
     resolved = resolve(file)
     assert file == {"train_micro_batch_size_per_gpu": "auto", "gradient_clipping": "auto"}
-    assert (resolved.config["train_micro_batch_size_per_gpu"], resolved.config["gradient_clipping"]) == (2, 1.0)
+    assert (resolved.config["train_micro_batch_size_per_gpu"], resolved.config["gradient_clipping"]) == (
+        2,
+        1.0,
+    )
 
 
 @pytest.mark.parametrize(

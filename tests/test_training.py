@@ -1,8 +1,9 @@
-"""The layout never changes the numbers: ZeRO stages, Ulysses, ring, data parallel and accumulation train one run.
+"""The layout never changes the numbers: ZeRO stages, Ulysses, ring, data parallel and accumulation train one
+run.
 
-A two-rank gloo group trains every case through the real DeepSpeed engine; plain torch on one rank is the reference.
-Adam's first moment after the steps holds every parameter's gradient, so a wrong factor shows even where Adam's
-update would hide it.
+A two-rank gloo group trains every case through the real DeepSpeed engine; plain torch on one rank is the
+reference. Adam's first moment after the steps holds every parameter's gradient, so a wrong factor shows even
+where Adam's update would hide it.
 """
 
 from pathlib import Path
@@ -17,8 +18,9 @@ from tests.training import Reference, plan_of, reference_run, worst_difference
 
 # 3 x 3 x 5 = 45 tokens: no number of ranks divides them. Clipping bites at every step.
 COMMON = (
-    "--steps=3", "--seed=3", "--data.num_frames=9", "--data.height=48", "--data.width=80", "--data.prompt_dropout=0.3",
-    "--optim.learning_rate=1e-3", "--optim.warmup_steps=2", "--optim.grad_clip=0.05",
+    "--steps=3", "--seed=3", "--data.num_frames=9", "--data.height=48", "--data.width=80",
+    "--data.prompt_dropout=0.3", "--optim.learning_rate=1e-3", "--optim.warmup_steps=2",
+    "--optim.grad_clip=0.05",
 )  # fmt: skip
 TI2V = ("--model.variant=debug-ti2v", "--data.height=64", "--data.width=96")
 
@@ -55,14 +57,17 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     for name, (layout, source) in RESUMED.items():
         folder = root / f"{source} until 2" / "step_0000002"
         cases[name] = {"argv": [*COMMON, *CASES[layout]], "resume": str(folder)}
-    (results, *_) = run_distributed("tests.training_workers:train_cases", 2, timeout=300, arguments={"cases": cases, "output": str(root)})
+    (results, *_) = run_distributed(
+        "tests.training_workers:train_cases", 2, timeout=300, arguments={"cases": cases, "output": str(root)}
+    )
     return results
 
 
 @pytest.fixture(scope="module")
 def references() -> dict[bool, Reference]:
     return {
-        ti2v: reference_run(plan_of(1, *COMMON, *(TI2V if ti2v else ()), "--micro_batch=4")) for ti2v in (False, True)
+        ti2v: reference_run(plan_of(1, *COMMON, *(TI2V if ti2v else ()), "--micro_batch=4"))
+        for ti2v in (False, True)
     }
 
 
@@ -78,7 +83,8 @@ def test_every_layout_trains_the_reference_run(
     moments = {name: value.flatten() for name, value in wanted.exp_avg.items()}
     difference, where = worst_difference(flat_tensors(saved, "exp_avg"), moments)
     assert difference < 2e-5, f"gradient of {where}"
-    # Adam divides by the root of the second moment: where a gradient is near zero, rounding decides the update's sign.
+    # Adam divides by the root of the second moment: where a gradient is near zero, rounding decides the
+    # update's sign.
     difference, where = worst_difference({key: saved.load(key) for key in wanted.masters}, wanted.masters)
     assert difference < 2e-4, where
 
@@ -90,7 +96,8 @@ def test_a_resumed_run_takes_the_same_last_step(name: str, trained: dict[str, An
     assert resumed["start"] == 2
     assert resumed["losses"] == pytest.approx(whole["losses"][2:], rel=1e-5)
     assert resumed["grad_norms"] == pytest.approx(whole["grad_norms"][2:], rel=1e-5)
-    # The step after the resume used the loaded moments and their count: its update shows whether they were right.
+    # The step after the resume used the loaded moments and their count: its update shows whether they were
+    # right.
     wanted, found = (checkpoint.StepWeights(Path(run["folder"])) for run in (whole, resumed))
     for kind, tolerance in (("exp_avg", 2e-5), ("exp_avg_sq", 2e-5), ("master", 2e-4)):
         difference, where = worst_difference(flat_tensors(found, kind), flat_tensors(wanted, kind))

@@ -1,4 +1,5 @@
-"""Helpers of the training tests: weights whose every gradient is alive, and the same run without DeepSpeed or ranks."""
+"""Helpers of the training tests: weights whose every gradient is alive, and the same run without DeepSpeed or
+ranks."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,8 @@ from megawan.rng import generator_at
 
 
 class LivelyWeights(InitialWeights):
-    """Initial weights with noise on top: Wan's head starts at zero, which would keep every other gradient at zero."""
+    """Initial weights with noise on top: Wan's head starts at zero, which would keep every other gradient at
+    zero."""
 
     def load(self, key: str) -> Tensor:
         """Return one tensor, CPU float32."""
@@ -32,7 +34,8 @@ def plan_of(world_size: int, *argv: str) -> Plan:
 
 @dataclass
 class Reference:
-    """What a run should come to: loss and gradient norm per step, masters and first moments after the last."""
+    """What a run should come to: loss and gradient norm per step, masters and first moments after the
+    last."""
 
     losses: list[float]
     grad_norms: list[float]
@@ -41,7 +44,8 @@ class Reference:
 
 
 def reference_run(plan: Plan) -> Reference:
-    """Return the run of a one-rank plan by plain torch: no DeepSpeed, no sharding, the whole global batch at once."""
+    """Return the run of a one-rank plan by plain torch: no DeepSpeed, no sharding, the whole global batch at
+    once."""
     options, wan = plan.config, plan.variant.config
     model = WanModel(wan)
     weights = LivelyWeights(wan, options.seed)
@@ -82,7 +86,8 @@ def reference_run(plan: Plan) -> Reference:
             clip=batch.clip,
             condition=batch.condition,
         )
-        # The specification's loss written out: mean over all elements of each video, its clean frames left out.
+        # The specification's loss written out: mean over all elements of each video, its clean frames left
+        # out.
         error = (pred - patchify(sample.target, wan.patch_size)).square()
         frames = batch.latents.shape[2]
         counted = error.unflatten(1, (frames, -1))[:, sample.clean_frames :]
@@ -102,7 +107,8 @@ def reference_run(plan: Plan) -> Reference:
 
 
 def worst_difference(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> tuple[float, str]:
-    """Return the largest difference of any tensor, relative to that tensor's largest element, and its name."""
+    """Return the largest difference of any tensor, relative to that tensor's largest element, and its
+    name."""
     worst = max(
         (float((found[name] - wanted[name]).abs().max() / wanted[name].abs().max().clamp(min=1e-12)), name)
         for name in wanted

@@ -15,7 +15,8 @@ from tests.training import LivelyWeights, plan_of
 
 
 def train_cases(cases: dict[str, dict[str, Any]], output: str) -> dict[str, Any]:
-    """Train every case (name → flags) in this one group; return losses and gradient norms, and save its state."""
+    """Train every case (name → flags) in this one group; return losses and gradient norms, and save its
+    state."""
     from megawan import engine as engines
 
     place = dist.environment()
@@ -54,7 +55,11 @@ def train_cases(cases: dict[str, dict[str, Any]], output: str) -> dict[str, Any]
             losses.append(meter.read()[0])
             norms.append(engines.grad_norm(engine))
         folder = checkpoint.save(
-            Path(output) / name, case.get("stop", plan.steps), engines.fragments(engine), {"variant": "debug"}, 0
+            Path(output) / name,
+            case.get("stop", plan.steps),
+            engines.fragments(engine),
+            {"variant": "debug"},
+            0,
         )
         results[name] = {"losses": losses, "grad_norms": norms, "folder": str(folder), "start": start}
         engine.destroy()

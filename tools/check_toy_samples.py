@@ -1,4 +1,5 @@
-"""Measure whether samples show what their captions say, on the quickstart's toy captions ("a red circle moving right").
+"""Measure whether samples show what their captions say, on the quickstart's toy captions ("a red circle
+moving right").
 
     python tools/check_toy_samples.py --input runs/quickstart/samples
 

@@ -1,6 +1,8 @@
-"""Encode videos and captions into a latent store that training reads; interrupted, it goes on where it stopped.
+"""Encode videos and captions into a latent store that training reads; interrupted, it goes on where it
+stopped.
 
-    python tools/encode_dataset.py --input my_videos --output my_latents --codec wan2.1 --vae Wan2.1_VAE.pth \\
+    python tools/encode_dataset.py --input my_videos --output my_latents --codec wan2.1 --vae Wan2.1_VAE.pth
+    \\
         --text_encoder google/umt5-xxl --num_frames 81 --height 480 --width 832
 """
 
@@ -64,7 +66,9 @@ def main(argv: Sequence[str]) -> None:
     options = parse(Options, argv, prog=PROG, description=(__doc__ or "").split("\n\n")[0], aliases=ALIASES)
     try:
         size = ClipSize(options.num_frames, options.height, options.width, frame_rate(options.fps))
-        manifest = read_manifest(options.input, root=options.root, allow_outside_root=options.allow_outside_root)
+        manifest = read_manifest(
+            options.input, root=options.root, allow_outside_root=options.allow_outside_root
+        )
         print(f"found {manifest.found}")
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         codec = open_codec(options.codec, options.vae, device)
@@ -72,13 +76,24 @@ def main(argv: Sequence[str]) -> None:
         text, text_len = open_text(options)
         with tqdm(total=len(manifest.rows), desc="encode", unit="clip", disable=None) as bar:
             report = encode(
-                manifest, options.output, codec, options.codec, text, size, text_len, device=device, tick=bar.update
+                manifest,
+                options.output,
+                codec,
+                options.codec,
+                text,
+                size,
+                text_len,
+                device=device,
+                tick=bar.update,
             )
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from None
     store = report.store
     done = f"{report.encoded} encoded" if report.encoded else "nothing to do"
-    print(f"{done}, {report.kept} kept, {len(report.rejected)} rejected, {text.truncated} captions cut; {store.describe()}")
+    print(
+        f"{done}, {report.kept} kept, {len(report.rejected)} rejected, {text.truncated} captions cut;"
+        f" {store.describe()}"
+    )
     if report.rejected:
         print(f"the rejected clips and why: {options.output / REJECTED}")
 
@@ -111,7 +126,10 @@ def open_text(options: Options) -> tuple[TextEncoder, int]:
         wan = get_variant("debug").config
         text, default = TextEncoder.debug(dim=wan.text_dim), wan.text_len
     else:
-        text, default = TextEncoder.open(Path(options.text_encoder), options.tokenizer or Path(options.text_encoder)), WAN_TEXT_LEN
+        text, default = (
+            TextEncoder.open(Path(options.text_encoder), options.tokenizer or Path(options.text_encoder)),
+            WAN_TEXT_LEN,
+        )
     length = options.text_len or default
     if length < 1:
         raise ValueError(f"--text_len {length} must be 1 or more")

@@ -1,7 +1,8 @@
 """Write a training checkpoint as weights that Wan's own code, diffusers, DiffSynth and ComfyUI open.
 
-    python tools/export_checkpoint.py --input runs/my14b --output my14b --layout native
-    python tools/export_checkpoint.py --input runs/a14b-high --low_noise runs/a14b-low --output a14b --layout diffusers
+python tools/export_checkpoint.py --input runs/my14b --output my14b --layout native python
+tools/export_checkpoint.py --input runs/a14b-high --low_noise runs/a14b-low --output a14b --layout
+diffusers
 """
 
 import shlex
@@ -35,7 +36,8 @@ class Options:
     output: Path
     """New folder for the weights, config.json and model card."""
     layout: Literal["native", "diffusers", "comfyui"] = "native"
-    """native also opens in DiffSynth and ComfyUI; diffusers is a transformer/ folder; comfyui prefixes the keys."""
+    """native also opens in DiffSynth and ComfyUI; diffusers is a transformer/ folder; comfyui prefixes the
+    keys."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Numbers on disk; float32 keeps the masters exactly."""
     low_noise: Path | None = None
@@ -50,12 +52,21 @@ def main(argv: Sequence[str]) -> None:
         low = None if options.low_noise is None else open_verified(options.low_noise)
         wan = get_variant(saved.manifest["variant"]).config
         if low is not None and get_variant(low.manifest["variant"]).config != wan:
-            raise ValueError(f"{low.folder}: {low.manifest['variant']} cannot join {saved.manifest['variant']}")
+            raise ValueError(
+                f"{low.folder}: {low.manifest['variant']} cannot join {saved.manifest['variant']}"
+            )
         dtype = torch.bfloat16 if options.dtype == "bfloat16" else torch.float32
         total = written_bytes(saved, dtype) + (written_bytes(low, dtype) if low is not None else 0)
         with tqdm(total=total, unit="B", unit_scale=True, desc="export", disable=None) as bar:
             files = write_weights(
-                saved, wan, options.output, options.layout, dtype, metadata(saved, argv), low_noise=low, tick=bar.update
+                saved,
+                wan,
+                options.output,
+                options.layout,
+                dtype,
+                metadata(saved, argv),
+                low_noise=low,
+                tick=bar.update,
             )
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from None
@@ -70,7 +81,9 @@ def open_verified(path: Path) -> checkpoint.StepWeights:
     """Return the checkpoint at `path` after checking its hashes. Raises ValueError or FileNotFoundError."""
     folder = find_step_folder(path)
     if folder is None:
-        raise FileNotFoundError(f"{path}: no training checkpoint (a run folder, or a step folder with manifest.json)")
+        raise FileNotFoundError(
+            f"{path}: no training checkpoint (a run folder, or a step folder with manifest.json)"
+        )
     checkpoint.verify(folder)
     return checkpoint.StepWeights(folder)
 

@@ -1,4 +1,5 @@
-"""The whole job on toy videos, each step the command a person would type: data, latents, training, export, samples.
+"""The whole job on toy videos, each step the command a person would type: data, latents, training, export,
+samples.
 
     bash launchers/quickstart.sh      # sets up first; this is what it runs
 """
@@ -51,7 +52,18 @@ def main(argv: Sequence[str]) -> None:
     step("1. render toy clips", tool("make_toy_dataset", "--output", dataset))
     step(
         "2. encode them to latents",
-        tool("encode_dataset", "--input", dataset, "--output", store, "--codec", "dct", "--text_encoder", "debug", *size),
+        tool(
+            "encode_dataset",
+            "--input",
+            dataset,
+            "--output",
+            store,
+            "--codec",
+            "dct",
+            "--text_encoder",
+            "debug",
+            *size,
+        ),
     )
     step(
         f"3. train the debug Wan on {ranks} rank{'s' if ranks > 1 else ''}",
@@ -66,7 +78,9 @@ def main(argv: Sequence[str]) -> None:
             *("--metrics.log_every", "25"),
         ],
     )
-    step("4. export to native Wan keys", tool("export_checkpoint", "--input", run_folder, "--output", exported))
+    step(
+        "4. export to native Wan keys", tool("export_checkpoint", "--input", run_folder, "--output", exported)
+    )
     step(
         "5. sample from captions",
         tool(
@@ -101,7 +115,8 @@ def clear(output: Path) -> None:
 
 
 def layout() -> tuple[int, int]:
-    """Return (ranks, Ulysses degree): two gloo ranks without GPUs, else a power of two of the GPUs, at most 8."""
+    """Return (ranks, Ulysses degree): two gloo ranks without GPUs, else a power of two of the GPUs, at most
+    8."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     ranks = 2 if gpus == 0 else max(count for count in (1, 2, 4, 8) if count <= gpus)
     return ranks, min(ranks, 2)
@@ -133,7 +148,10 @@ def step(title: str, command: Sequence[object], *, fail: bool = True) -> bool:
     print(f"\n== {title}\n$ {shlex.join(shown)}", flush=True)
     began = time.monotonic()
     # The environment's own bin first: DeepSpeed compiles its extension with the ninja that lies there.
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+    }
     done = subprocess.run(words, env=environment, check=False)
     if done.returncode and fail:
         raise UserError(f"step {title!r} failed with exit code {done.returncode}; its own message is above")

@@ -1,7 +1,9 @@
-"""Sample videos from captions: Euler steps with classifier-free guidance, decoded to mp4, with one contact sheet.
+"""Sample videos from captions: Euler steps with classifier-free guidance, decoded to mp4, with one contact
+sheet.
 
-    python tools/sample.py --weights my_model --prompts "a red circle moving right" --output samples
-    python tools/sample.py --weights my_model --store my_latents --captions 12 --dataset my_videos --untrained --output samples
+    python tools/sample.py --weights my_model --prompts "a red circle moving right" --output samples python
+    tools/sample.py --weights my_model --store my_latents --captions 12 --dataset my_videos --untrained
+    --output samples
 
 Give --store to take size, codec and text encoder from the latents that the model was trained on.
 """
@@ -22,7 +24,7 @@ from megawan.cli import UserError, parse, run
 from megawan.contact_sheet import Row, contact_sheet
 from megawan.data.batch import pad_text
 from megawan.data.manifest import read_manifest
-from megawan.data.video import BadClip, read_clip, write_mp4
+from megawan.data.video import BadClip, Frames, read_clip, write_mp4
 from megawan.encoders.codec import VideoCodec, open_codec
 from megawan.encoders.text import TextEncoder
 from megawan.plan import latent_shape
@@ -42,7 +44,8 @@ class Options:
     prompts: tuple[str, ...] = ()
     """Captions to sample."""
     dataset: Path | None = None
-    """Videos with captions (metadata.csv ...): its captions are sampled, and each real clip is shown beside."""
+    """Videos with captions (metadata.csv ...): its captions are sampled, and each real clip is shown
+    beside."""
     captions: int = 12
     """How many different captions of --dataset to take, spread evenly over it."""
     untrained: int | None = None
@@ -91,7 +94,9 @@ def sample(options: Options) -> None:
     source, wan, variant = open_model_weights(options.weights)
     codec = open_codec(options.codec, options.vae, device)
     if codec.latent_channels != wan.out_dim:
-        raise ValueError(f"--codec {options.codec} has {codec.latent_channels} channels, the model {wan.out_dim}")
+        raise ValueError(
+            f"--codec {options.codec} has {codec.latent_channels} channels, the model {wan.out_dim}"
+        )
     shape = latent_shape(
         options.num_frames, options.height, options.width, codec.latent_channels, codec.stride, wan.patch_size
     )
@@ -112,7 +117,7 @@ def sample(options: Options) -> None:
                 shift=options.shift,
                 guidance=options.guidance,
                 seed=options.seed,
-                progress=lambda done, total, bar=bar: bar.update(1),
+                tick=bar.update,
             )
         sampled[name] = decode(codec, latents)
     write(options, prompts, clips, sampled)
@@ -140,7 +145,9 @@ def text_features(
     if options.text_encoder == "debug":
         encoder = TextEncoder.debug(dim=text_dim)
     else:
-        encoder = TextEncoder.open(Path(options.text_encoder), options.tokenizer or Path(options.text_encoder))
+        encoder = TextEncoder.open(
+            Path(options.text_encoder), options.tokenizer or Path(options.text_encoder)
+        )
     features = [pad_text(rows, text_len) for rows in encoder.encode([*prompts, ""], text_len)]
     return torch.stack(features[:-1]).to(device), features[-1].to(device)
 
@@ -164,7 +171,7 @@ def write(
     columns = [*(["real"] if any(clips) else []), *sampled]
     rows = []
     for index, prompt in enumerate(prompts):
-        shown = [videos[index].numpy() for videos in sampled.values()]
+        shown: list[Frames | None] = [videos[index].numpy() for videos in sampled.values()]
         if any(clips):
             shown.insert(0, real_clip(clips[index], options))
         rows.append(Row(prompt, shown))
@@ -174,7 +181,7 @@ def write(
     print(f"sampled {len(entries)} videos into {options.output}; look at {sheet}")
 
 
-def real_clip(path: Path | None, options: Options):  # noqa: ANN201 - numpy frames or None
+def real_clip(path: Path | None, options: Options) -> Frames | None:
     """Return the real clip at the samples' size, None where it cannot be read."""
     if path is None:
         return None

@@ -39,7 +39,8 @@ class Batch:
     condition: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        """Return the batch with its features on `device`; ids and epochs stay on the CPU, where draws are made."""
+        """Return the batch with its features on `device`; ids and epochs stay on the CPU, where draws are
+        made."""
         return Batch(
             self.latents.to(device, non_blocking=True),
             self.text.to(device, non_blocking=True),
@@ -57,12 +58,17 @@ def pad_text(rows: Tensor, text_len: int) -> Tensor:
     Raises ValueError when there are more rows than that.
     """
     if len(rows) > text_len:
-        raise ValueError(f"text of {len(rows)} rows does not fit the model's {text_len}; encode with --text_len {text_len}")
+        raise ValueError(
+            f"text of {len(rows)} rows does not fit the model's {text_len}; encode with --text_len {text_len}"
+        )
     return torch.cat((rows, rows.new_zeros(text_len - len(rows), rows.shape[1])))
 
 
-def collate(samples: Sequence[Sample], sample_ids: Sequence[int], epochs: Sequence[int], text_len: int) -> Batch:
-    """Return the batch of samples of one latent shape. Raises ValueError for mixed shapes or mixed conditionings."""
+def collate(
+    samples: Sequence[Sample], sample_ids: Sequence[int], epochs: Sequence[int], text_len: int
+) -> Batch:
+    """Return the batch of samples of one latent shape. Raises ValueError for mixed shapes or mixed
+    conditionings."""
     if len({sample.latents.shape for sample in samples}) != 1:
         raise ValueError(f"samples {list(sample_ids)} have different latent shapes; a batch has one")
     return Batch(

@@ -75,9 +75,9 @@ def encode(
 ) -> Report:
     """Encode every clip of `manifest` into the store `output` and return what was done; `tick` counts clips.
 
-    A clip that cannot be used is listed in OUTPUT/rejected.jsonl with the reason. Clips that a shard of an earlier,
-    interrupted call holds are kept. Raises ValueError when no clip can be used, when the folder holds a store of other
-    settings, or when the size does not fit the codec.
+    A clip that cannot be used is listed in OUTPUT/rejected.jsonl with the reason. Clips that a shard of an
+    earlier, interrupted call holds are kept. Raises ValueError when no clip can be used, when the folder
+    holds a store of other settings, or when the size does not fit the codec.
     """
     settings = {
         "codec": codec_name,
@@ -137,7 +137,10 @@ def to_pixels(frames: Any) -> Tensor:
 def _write_rejected(file: Path, rejected: Sequence[tuple[Row, str]]) -> None:
     file.unlink(missing_ok=True)
     if rejected:
-        lines = [json.dumps({"row": row.number, "file": str(row.path), "reason": reason}) for row, reason in rejected]
+        lines = [
+            json.dumps({"row": row.number, "file": str(row.path), "reason": reason})
+            for row, reason in rejected
+        ]
         file.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

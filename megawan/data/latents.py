@@ -1,10 +1,12 @@
 """The latent store: safetensors shards that describe themselves, and an index that is written last.
 
-    STORE/shard_00000.safetensors    "<number>.latents", "<number>.text" (+ .clip, .condition); rows and settings in the header
-    STORE/index.json                 settings, every sample's row, every shard's size and sha256, the empty prompt
+    STORE/shard_00000.safetensors    "<number>.latents", "<number>.text" (+ .clip, .condition); rows and
+    settings in the header STORE/index.json                 settings, every sample's row, every shard's size
+    and sha256, the empty prompt
 
-A shard appears under its name only when it is whole, so an interrupted encode keeps what it finished. Settings (codec,
-encoders, sizes) are fixed for a store: another encode into the same folder is refused with the difference.
+A shard appears under its name only when it is whole, so an interrupted encode keeps what it finished.
+Settings (codec, encoders, sizes) are fixed for a store: another encode into the same folder is refused with
+the difference.
 """
 
 import hashlib
@@ -34,12 +36,13 @@ class LatentStore:
     """A finished store, read lazily: each sample's tensors are mapped from their shard when asked for."""
 
     def __init__(self, path: Path) -> None:
-        """Raises FileNotFoundError or ValueError naming the file that is missing, foreign or of another size."""
+        """Raises FileNotFoundError or ValueError naming the file that is missing, foreign or of another
+        size."""
         self.path = path
         self._index = _read_index(path)
         self.settings: dict[str, Any] = self._index["settings"]
         self._rows: list[dict[str, Any]] = self._index["samples"]
-        self.shapes: list[tuple[int, int, int, int]] = [tuple(row["shape"]) for row in self._rows]  # type: ignore[misc]
+        self.shapes: list[tuple[int, int, int, int]] = [tuple(row["shape"]) for row in self._rows]
         self.latent_channels = int(self.settings["latent_channels"])
         self.text_dim = int(self.settings["text_dim"])
         self._handles: dict[str, Any] = {}
@@ -48,7 +51,10 @@ class LatentStore:
             if not file.is_file():
                 raise FileNotFoundError(f"{file}: the store's index lists this shard, but it is missing")
             if file.stat().st_size != entry["bytes"]:
-                raise ValueError(f"{file}: has {file.stat().st_size} bytes, the index says {entry['bytes']}; encode it again")
+                raise ValueError(
+                    f"{file}: has {file.stat().st_size} bytes, the index says {entry['bytes']};"
+                    " encode it again"
+                )
 
     @property
     def fingerprint(self) -> str:
@@ -68,7 +74,9 @@ class LatentStore:
         """Return sample `index`. Raises ValueError naming the shard when its bytes cannot be read."""
         row = self._rows[index]
         shard, key = row["shard"], row["key"]
-        extras = {name: self._tensor(shard, f"{key}.{name}") for name in ("clip", "condition") if row.get(name)}
+        extras = {
+            name: self._tensor(shard, f"{key}.{name}") for name in ("clip", "condition") if row.get(name)
+        }
         return Sample(
             self._tensor(shard, f"{key}.latents"),
             self._tensor(shard, f"{key}.text"),
@@ -81,19 +89,22 @@ class LatentStore:
         """Return what the store holds, for the start-up lines."""
         shapes = sorted(set(self.shapes))
         shown = str(list(shapes[0])) if len(shapes) == 1 else f"{len(shapes)} shapes"
-        return f"{self.path}: {len(self)} samples, latents {shown} by {self.settings['codec']}, text {self.text_dim}"
+        codec = self.settings["codec"]
+        return f"{self.path}: {len(self)} samples, latents {shown} by {codec}, text {self.text_dim}"
 
     def verify(self) -> None:
         """Read every shard and raise ValueError naming the first whose sha256 is not the index's."""
         for name, entry in self._index["shards"].items():
             if _sha256(_inside(self.path, name)) != entry["sha256"]:
-                raise ValueError(f"{self.path / name}: does not have the sha256 of the index; encode it again")
+                raise ValueError(
+                    f"{self.path / name}: does not have the sha256 of the index; encode it again"
+                )
 
     def _tensor(self, shard: str, key: str) -> Tensor:
         try:
             if shard not in self._handles:
                 self._handles[shard] = safe_open(_inside(self.path, shard), framework="pt").__enter__()
-            return self._handles[shard].get_tensor(key).float()  # type: ignore[no-any-return]
+            return self._handles[shard].get_tensor(key).float()
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{self.path / shard}: cannot read {key} ({error}); encode it again") from None
 
@@ -103,10 +114,12 @@ class LatentStore:
 
 
 class StoreWriter:
-    """Writes a store sample by sample; as a context manager it flushes what is whole when the block ends well."""
+    """Writes a store sample by sample; as a context manager it flushes what is whole when the block ends
+    well."""
 
     def __init__(self, path: Path, settings: Mapping[str, Any], shard_bytes: int = SHARD_BYTES) -> None:
-        """Open a new or unfinished store. Raises ValueError when the folder holds one of other settings, or other files."""
+        """Open a new or unfinished store. Raises ValueError when the folder holds one of other settings, or
+        other files."""
         self.path = path
         self.settings = dict(settings)
         self._shard_bytes = shard_bytes
@@ -122,19 +135,25 @@ class StoreWriter:
             elif file.name.startswith("shard_") and file.suffix == ".safetensors":
                 self._take_over(file)
             elif file.name not in (INDEX, EMPTY, "rejected.jsonl"):
-                raise ValueError(f"{path}: holds {file.name}, which is not a latent store's; give a new folder")
+                raise ValueError(
+                    f"{path}: holds {file.name}, which is not a latent store's; give a new folder"
+                )
 
     def _take_over(self, file: Path) -> None:
         try:
             with safe_open(file, framework="pt") as opened:
                 header = json.loads((opened.metadata() or {}).get(FORMAT, "null"))
         except (SafetensorError, OSError, ValueError) as error:
-            raise ValueError(f"{file}: not a shard of a latent store ({error}); remove it to encode it again") from None
+            raise ValueError(
+                f"{file}: not a shard of a latent store ({error}); remove it to encode it again"
+            ) from None
         if header is None:
             raise ValueError(f"{file}: not a shard of a latent store; give a new folder")
         difference = _difference(header["settings"], self.settings)
         if difference:
-            raise ValueError(f"{self.path}: was encoded with other settings ({difference}); give a new folder")
+            raise ValueError(
+                f"{self.path}: was encoded with other settings ({difference}); give a new folder"
+            )
         self._shards.append(file.name)
         self._rows += [{**row, "shard": file.name} for row in header["rows"]]
 
@@ -146,7 +165,10 @@ class StoreWriter:
     def add(self, key: str, tensors: Mapping[str, Tensor], row: Mapping[str, Any]) -> None:
         """Add one sample: tensors "latents", "text" (+ "clip", "condition") and what the index says of it."""
         # Copies: captions that several clips share are one tensor, and safetensors saves none twice.
-        stored = {f"{key}.{name}": value.detach().to("cpu", torch.float32, copy=True) for name, value in tensors.items()}
+        stored = {
+            f"{key}.{name}": value.detach().to("cpu", torch.float32, copy=True)
+            for name, value in tensors.items()
+        }
         stored = {name: value.contiguous() for name, value in stored.items()}
         extras = {name: True for name in tensors if name not in ("latents", "text")}
         self._pending.update(stored)
@@ -167,10 +189,13 @@ class StoreWriter:
         self._pending, self._pending_rows = {}, []
 
     def finish(self, order: list[str], empty_text: Tensor) -> LatentStore:
-        """Write the empty prompt and the index, samples in the `order` of their keys, and return the finished store."""
+        """Write the empty prompt and the index, samples in the `order` of their keys, and return the finished
+        store."""
         self.flush()
         self.path.mkdir(parents=True, exist_ok=True)
-        _write_tensors(self.path / EMPTY, {"text": empty_text.detach().to("cpu", torch.float32).contiguous()}, {})
+        _write_tensors(
+            self.path / EMPTY, {"text": empty_text.detach().to("cpu", torch.float32).contiguous()}, {}
+        )
         by_key = {row["key"]: row for row in self._rows}
         shards = {
             name: {"bytes": (self.path / name).stat().st_size, "sha256": _sha256(self.path / name)}
@@ -196,7 +221,8 @@ class StoreWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Drop what is not in a whole shard: a shard's contents depend on the order alone, not on interruptions."""
+        """Drop what is not in a whole shard: a shard's contents depend on the order alone, not on
+        interruptions."""
         self._pending, self._pending_rows = {}, []
 
 
@@ -205,13 +231,17 @@ def _read_index(path: Path) -> dict[str, Any]:
     try:
         index = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(f"{path}: not a finished latent store (no {INDEX}); make one: tools/encode_dataset.py") from None
+        raise FileNotFoundError(
+            f"{path}: not a finished latent store (no {INDEX}); make one: tools/encode_dataset.py"
+        ) from None
     except (ValueError, OSError) as error:
         raise ValueError(f"{file}: not readable as JSON ({error})") from None
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise ValueError(f"{file}: not the index of a latent store")
     if index.get("version") != VERSION:
-        raise ValueError(f"{file}: version {index.get('version')}, this program reads {VERSION}; encode again")
+        raise ValueError(
+            f"{file}: version {index.get('version')}, this program reads {VERSION}; encode again"
+        )
     missing = [key for key in REQUIRED if key not in index]
     if missing or not index["samples"]:
         raise ValueError(f"{file}: has no {missing[0] if missing else 'samples'}")

@@ -1,4 +1,5 @@
-"""From the order to batches: reads samples, drops prompts, collates; in this process or in reading processes."""
+"""From the order to batches: reads samples, drops prompts, collates; in this process or in reading
+processes."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -45,13 +46,16 @@ def make_loader(
     start_step: int,
     workers: int,
 ) -> Iterator[list[Batch]]:
-    """Return an endless iterator over optimizer steps from `start_step` on, each a list of `accumulation` batches.
+    """Return an endless iterator over optimizer steps from `start_step` on, each a list of `accumulation`
+    batches.
 
-    The global batch of a step depends on (seed, step, micro_batch x accumulation x dp_size) alone: any split into
-    ranks, micro-batches and `workers` trains on the same samples with the same dropped prompts.
+    The global batch of a step depends on (seed, step, micro_batch x accumulation x dp_size) alone: any split
+    into ranks, micro-batches and `workers` trains on the same samples with the same dropped prompts.
     """
     order = GlobalOrder(data.shapes, seed=seed, global_batch=micro_batch * accumulation * dp_size)
-    dataset = _MicroBatches(data, order, seed, micro_batch, accumulation, dp_rank, dp_size, text_len, prompt_dropout)
+    dataset = _MicroBatches(
+        data, order, seed, micro_batch, accumulation, dp_rank, dp_size, text_len, prompt_dropout
+    )
     loader = DataLoader(
         dataset,
         batch_size=None,
@@ -107,7 +111,9 @@ class _MicroBatches(Dataset[Batch]):
         step, turn = divmod(index, self._split["accumulation"])
         places = micro_batch_places(self._order.step(step), **self._split)[turn]
         samples = [self._sample(place) for place in places]
-        return collate(samples, [place[0] for place in places], [place[1] for place in places], self._text_len)
+        return collate(
+            samples, [place[0] for place in places], [place[1] for place in places], self._text_len
+        )
 
     def _sample(self, place: Place) -> Sample:
         sample = self._data[place[0]]

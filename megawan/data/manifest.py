@@ -1,8 +1,8 @@
 """Lists of clips and captions in the forms that people have them: found out, checked row by row, said.
 
-Read are .csv, .json (a list of objects) and .jsonl with the column names of DiffSynth-Studio (`video`, `prompt`),
-VideoX-Fun (`file_path`, `text`) and the HF video folders (`file_name`, `caption`), a folder that holds a
-metadata.csv/.json/.jsonl, and a folder of clips with a .txt caption beside each.
+Read are .csv, .json (a list of objects) and .jsonl with the column names of DiffSynth-Studio (`video`,
+`prompt`), VideoX-Fun (`file_path`, `text`) and the HF video folders (`file_name`, `caption`), a folder that
+holds a metadata.csv/.json/.jsonl, and a folder of clips with a .txt caption beside each.
 """
 
 import csv
@@ -21,7 +21,8 @@ LONGEST_FIELD = 1 << 20
 
 @dataclass(frozen=True)
 class Row:
-    """One clip: its file, its caption, and the row number that messages name (1 is the first after a header)."""
+    """One clip: its file, its caption, and the row number that messages name (1 is the first after a
+    header)."""
 
     path: Path
     prompt: str
@@ -38,9 +39,11 @@ class Manifest:
 
 
 def read_manifest(path: Path, *, root: Path | None = None, allow_outside_root: bool = False) -> Manifest:
-    """Return the clips that `path` lists, a file or a folder; relative paths start at `root` (default: beside it).
+    """Return the clips that `path` lists, a file or a folder; relative paths start at `root` (default: beside
+    it).
 
-    Raises FileNotFoundError or ValueError naming file and row for whatever is missing, malformed or outside the root.
+    Raises FileNotFoundError or ValueError naming file and row for whatever is missing, malformed or outside
+    the root.
     """
     if path.is_dir():
         listed = next((path / name for name in METADATA_NAMES if (path / name).is_file()), None)
@@ -68,13 +71,16 @@ def read_manifest(path: Path, *, root: Path | None = None, allow_outside_root: b
         file = _field(record, file_column, where)
         prompt = _field(record, prompt_column, where)
         rows.append(Row(resolve_inside(root, file, where, allow_outside_root), prompt, number))
-    return Manifest(root, tuple(rows), f"{path.name}, columns {file_column} and {prompt_column}, {len(rows)} rows")
+    return Manifest(
+        root, tuple(rows), f"{path.name}, columns {file_column} and {prompt_column}, {len(rows)} rows"
+    )
 
 
 def resolve_inside(root: Path, name: str, where: str, allow_outside_root: bool = False) -> Path:
     """Return the absolute path of `name` under `root`, links followed.
 
-    Raises ValueError for URLs, NUL bytes and whatever lies outside the root (absolute, .., or through a link).
+    Raises ValueError for URLs, NUL bytes and whatever lies outside the root (absolute, .., or through a
+    link).
     """
     if "\0" in name:
         raise ValueError(f"{where}: the path holds a NUL byte")
@@ -94,7 +100,7 @@ def _csv_rows(path: Path, text: str) -> list[dict[str, Any]]:
         names = reader.fieldnames or []
         if len(set(names)) != len(names):
             raise ValueError(f"{path}: the header names a column twice: {', '.join(names)}")
-        rows = []
+        rows: list[dict[str, Any]] = []
         for record in reader:
             if None in record or None in record.values():
                 raise ValueError(f"{path} row {len(rows) + 1}: has not the {len(names)} fields of the header")
@@ -133,7 +139,8 @@ def _sidecars(folder: Path) -> Manifest:
     clips = sorted(file for file in folder.rglob("*") if file.suffix.lower() in CLIP_SUFFIXES)
     if not clips:
         raise ValueError(
-            f"{folder}: holds neither {', '.join(METADATA_NAMES)} nor clips ({' '.join(CLIP_SUFFIXES)}) with .txt captions"
+            f"{folder}: holds neither {', '.join(METADATA_NAMES)} nor clips"
+            f" ({' '.join(CLIP_SUFFIXES)}) with .txt captions"
         )
     rows = []
     for number, clip in enumerate(clips, 1):
@@ -146,8 +153,12 @@ def _sidecars(folder: Path) -> Manifest:
         except UnicodeDecodeError:
             raise ValueError(f"{caption}: is not UTF-8 text") from None
         relative = str(clip.relative_to(folder))
-        rows.append(Row(resolve_inside(folder.resolve(), relative, where), _text(prompt, "caption", where), number))
-    return Manifest(folder.resolve(), tuple(rows), f"folder {folder.name}, {len(rows)} clips with .txt captions")
+        rows.append(
+            Row(resolve_inside(folder.resolve(), relative, where), _text(prompt, "caption", where), number)
+        )
+    return Manifest(
+        folder.resolve(), tuple(rows), f"folder {folder.name}, {len(rows)} clips with .txt captions"
+    )
 
 
 def _columns(path: Path, record: dict[str, Any]) -> tuple[str, str]:
@@ -155,7 +166,9 @@ def _columns(path: Path, record: dict[str, Any]) -> tuple[str, str]:
     for kind, legal in (("file", FILE_COLUMNS), ("caption", PROMPT_COLUMNS)):
         name = next((name for name in legal if name in record), None)
         if name is None:
-            raise ValueError(f"{path}: no {kind} column; legal: {', '.join(legal)}; found: {', '.join(map(str, record))}")
+            raise ValueError(
+                f"{path}: no {kind} column; legal: {', '.join(legal)}; found: {', '.join(map(str, record))}"
+            )
         found.append(name)
     return found[0], found[1]
 

@@ -1,10 +1,10 @@
 """The order of samples as a pure function of (seed, step): no state, so nothing to save and nothing to lose.
 
-Samples of one latent shape form a bucket. A bucket's samples, shuffled anew each epoch, make one endless row that is
-cut into global batches, so every batch has one shape, every sample comes once an epoch, and none is dropped: a last
-part that does not fill a batch is filled up from the next epoch. In round r a bucket of n samples puts
-floor((r + 1)·n / G) − floor(r·n / G) batches of G samples into the run, in a shuffled order over the buckets: over
-the rounds each has its share exactly. With one bucket this is simply the row itself.
+Samples of one latent shape form a bucket. A bucket's samples, shuffled anew each epoch, make one endless row
+that is cut into global batches, so every batch has one shape, every sample comes once an epoch, and none is
+dropped: a last part that does not fill a batch is filled up from the next epoch. In round r a bucket of n
+samples puts floor((r + 1)·n / G) − floor(r·n / G) batches of G samples into the run, in a shuffled order over
+the buckets: over the rounds each has its share exactly. With one bucket this is simply the row itself.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,8 @@ Place = tuple[int, int]  # (sample id, epoch)
 
 
 class GlobalOrder:
-    """Which samples each optimizer step trains on, whatever ranks, micro-batches or workers share the work."""
+    """Which samples each optimizer step trains on, whatever ranks, micro-batches or workers share the
+    work."""
 
     def __init__(self, shapes: Sequence[Shape], *, seed: int, global_batch: int) -> None:
         """Raises ValueError without samples or for a global batch below 1."""
@@ -32,10 +33,13 @@ class GlobalOrder:
         for sample_id, shape in enumerate(shapes):
             buckets.setdefault(tuple(shape), []).append(sample_id)
         self._buckets = [buckets[shape] for shape in sorted(buckets)]
-        self._shuffled: dict[tuple[int, int], list[int]] = {}  # the permutations in use, not state of the order
+        self._shuffled: dict[
+            tuple[int, int], list[int]
+        ] = {}  # the permutations in use, not state of the order
 
     def step(self, step: int) -> list[Place]:
-        """Return the global batch of optimizer step `step` (from 0): (sample id, epoch) of each of its places."""
+        """Return the global batch of optimizer step `step` (from 0): (sample id, epoch) of each of its
+        places."""
         bucket, number = self._batch_of(step)
         return [self._place(bucket, number * self._batch + offset) for offset in range(self._batch)]
 
@@ -56,7 +60,9 @@ class GlobalOrder:
             # A shuffle of buckets only: batches of one bucket keep their order, so its epochs do not mix.
             shuffle = torch.randperm(len(queue), generator=generator_at(self._seed, "round", low)).tolist()
             turns = [queue[index][0] for index in shuffle]
-            following = {bucket: iter([entry for entry in queue if entry[0] == bucket]) for bucket in set(turns)}
+            following = {
+                bucket: iter([entry for entry in queue if entry[0] == bucket]) for bucket in set(turns)
+            }
             queue = [next(following[bucket]) for bucket in turns]
         return queue[step - self._batches_before(low)]
 
@@ -69,7 +75,9 @@ class GlobalOrder:
         key = (bucket, epoch)
         if key not in self._shuffled:
             # Only neighbouring epochs of a bucket are ever in use together.
-            self._shuffled = {used: row for used, row in self._shuffled.items() if used[0] != bucket or used[1] == epoch - 1}
+            self._shuffled = {
+                used: row for used, row in self._shuffled.items() if used[0] != bucket or used[1] == epoch - 1
+            }
             generator = generator_at(self._seed, "order", bucket, epoch)
             self._shuffled[key] = torch.randperm(len(samples), generator=generator).tolist()
         return samples[self._shuffled[key][index]], epoch
@@ -84,8 +92,8 @@ def micro_batch_places(
     """
     if micro_batch * accumulation * dp_size != len(places) or not 0 <= dp_rank < dp_size:
         raise ValueError(
-            f"micro_batch {micro_batch} x accumulation {accumulation} x dp {dp_size} is not the global batch of"
-            f" {len(places)}, or dp_rank {dp_rank} is not below {dp_size}"
+            f"micro_batch {micro_batch} x accumulation {accumulation} x dp {dp_size} is not the global batch"
+            f" of {len(places)}, or dp_rank {dp_rank} is not below {dp_size}"
         )
     starts = [(turn * dp_size + dp_rank) * micro_batch for turn in range(accumulation)]
     return [list(places[start : start + micro_batch]) for start in starts]

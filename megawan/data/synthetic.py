@@ -1,4 +1,5 @@
-"""Deterministic latents from a seed, for a first run, a benchmark or a test: reads like a store, needs no file."""
+"""Deterministic latents from a seed, for a first run, a benchmark or a test: reads like a store, needs no
+file."""
 
 import torch
 

@@ -29,7 +29,10 @@ def table(tmp_path: Path, name: str, content: str | bytes) -> Path:
 )
 def test_known_forms(tmp_path: Path, name: str, content: str) -> None:
     manifest = read_manifest(table(tmp_path, name, content))
-    assert [(row.path.name, row.prompt, row.number) for row in manifest.rows] == [("a.mp4", "one", 1), ("b.mp4", "two", 2)]
+    assert [(row.path.name, row.prompt, row.number) for row in manifest.rows] == [
+        ("a.mp4", "one", 1),
+        ("b.mp4", "two", 2),
+    ]
     assert "2 rows" in manifest.found
 
 

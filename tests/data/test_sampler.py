@@ -16,8 +16,14 @@ SHAPES = [(16, 3, 8, 8), (16, 1, 8, 8), (16, 3, 4, 12)]
 
 
 @settings(max_examples=60, deadline=None)
-@given(counts=st.lists(st.integers(1, 9), min_size=1, max_size=3), batch=st.integers(1, 12), seed=st.integers(0, 99))
-def test_every_batch_has_one_shape_and_every_epoch_every_sample(counts: list[int], batch: int, seed: int) -> None:
+@given(
+    counts=st.lists(st.integers(1, 9), min_size=1, max_size=3),
+    batch=st.integers(1, 12),
+    seed=st.integers(0, 99),
+)
+def test_every_batch_has_one_shape_and_every_epoch_every_sample(
+    counts: list[int], batch: int, seed: int
+) -> None:
     shapes = [SHAPES[kind] for kind, count in enumerate(counts) for _ in range(count)]
     order = GlobalOrder(shapes, seed=seed, global_batch=batch)
     passes = Counter[tuple[int, int]]()
@@ -29,7 +35,9 @@ def test_every_batch_has_one_shape_and_every_epoch_every_sample(counts: list[int
         passes.update(places)
     assert max(passes.values()) == 1, "a sample came twice in one epoch"
     for sample, epoch in passes:
-        assert all((sample, earlier) in passes for earlier in range(epoch)), "a sample was passed over in an epoch"
+        assert all((sample, earlier) in passes for earlier in range(epoch)), (
+            "a sample was passed over in an epoch"
+        )
 
 
 @settings(max_examples=30, deadline=None)
@@ -50,7 +58,9 @@ def test_over_many_rounds_every_bucket_has_its_share() -> None:
 
 def test_epochs_and_seeds_shuffle_anew() -> None:
     rows = {
-        (seed, epoch): tuple(sample for sample, _ in GlobalOrder([SHAPES[0]] * 40, seed=seed, global_batch=40).step(epoch))
+        (seed, epoch): tuple(
+            sample for sample, _ in GlobalOrder([SHAPES[0]] * 40, seed=seed, global_batch=40).step(epoch)
+        )
         for seed in (0, 1)
         for epoch in (0, 1)
     }
@@ -67,8 +77,11 @@ def test_illegal_orders_say_what_is_legal() -> None:
         micro_batch_places([(0, 0)] * 3, micro_batch=2, accumulation=1, dp_rank=0, dp_size=1)
 
 
-def steps_of(dp_size: int, micro_batch: int, accumulation: int, *, start: int = 0, count: int = 3, workers: int = 0):  # noqa: ANN201
-    """Return [step][sample of the global batch, sorted by id and epoch] → (key, text, latents) over all ranks."""
+def steps_of(
+    dp_size: int, micro_batch: int, accumulation: int, *, start: int = 0, count: int = 3, workers: int = 0
+):  # noqa: ANN201
+    """Return [step][sample of the global batch, sorted by id and epoch] → (key, text, latents) over all
+    ranks."""
     data = SyntheticLatents(shape=(4, 1, 2, 2), text_dim=8, text_len=6, seed=5, count=7)
     loaders = [
         make_loader(
@@ -90,7 +103,12 @@ def steps_of(dp_size: int, micro_batch: int, accumulation: int, *, start: int = 
         batches: list[Batch] = [batch for loader in loaders for batch in next(loader)]
         assert all(len(batch.latents) == micro_batch for batch in batches)
         rows = [
-            ((int(batch.sample_ids[i]), int(batch.epochs[i])), batch.prompts[i], batch.text[i], batch.latents[i])
+            (
+                (int(batch.sample_ids[i]), int(batch.epochs[i])),
+                batch.prompts[i],
+                batch.text[i],
+                batch.latents[i],
+            )
             for batch in batches
             for i in range(micro_batch)
         ]
@@ -98,8 +116,12 @@ def steps_of(dp_size: int, micro_batch: int, accumulation: int, *, start: int = 
     return steps
 
 
-@pytest.mark.parametrize(("dp_size", "micro_batch", "accumulation"), [(1, 2, 2), (2, 2, 1), (4, 1, 1), (2, 1, 2), (1, 1, 4)])
-def test_any_split_trains_on_the_same_global_batches(dp_size: int, micro_batch: int, accumulation: int) -> None:
+@pytest.mark.parametrize(
+    ("dp_size", "micro_batch", "accumulation"), [(1, 2, 2), (2, 2, 1), (4, 1, 1), (2, 1, 2), (1, 1, 4)]
+)
+def test_any_split_trains_on_the_same_global_batches(
+    dp_size: int, micro_batch: int, accumulation: int
+) -> None:
     wanted, found = steps_of(1, 4, 1), steps_of(dp_size, micro_batch, accumulation)
     for step_wanted, step_found in zip(wanted, found, strict=True):
         for (key, prompt, text, latents), other in zip(step_wanted, step_found, strict=True):

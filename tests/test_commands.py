@@ -1,0 +1,221 @@
+"""The commands as people type them, from another directory, on real files: the whole job in small, and
+mistakes."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from safetensors import safe_open
+
+from megawan.data.video import read_all
+from tests.commands import ROOT, Finished, command
+
+TRAIN = ROOT / "megawan/train.py"
+LAUNCHER = ("-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port")
+BAD = ("--input", "bad.csv", "--output")
+SIZE = ("--num_frames", "9", "--height", "64", "--width", "64")
+
+
+def tool(name: str, *words: object, cwd: Path) -> Finished:
+    return command(ROOT / f"tools/{name}.py", *words, cwd=cwd)
+
+
+def is_one_line(finished: Finished, *words: str) -> None:
+    assert finished.code == 2, finished.err[-2000:]
+    assert finished.err.count("\n") == 1 and "Traceback" not in finished.err, finished.err[-2000:]
+    for word in words:
+        assert word in finished.err
+
+
+def port() -> int:
+    return 20000 + os.getpid() % 20000
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The quickstart's steps with few clips and three optimizer steps, run from a directory that is not the
+    checkout."""
+    cwd = tmp_path_factory.mktemp("a job's folder")
+    steps = [
+        (ROOT / "tools/make_toy_dataset.py", "--output", "clips", "--clips", "24"),
+        (ROOT / "tools/encode_dataset.py", "--input", "clips", "--output", "store", "--codec", "dct", *SIZE),
+        (
+            *(*LAUNCHER, port(), TRAIN, "--deepspeed", "ds_configs/zero3.json", "--data.path", "store"),
+            *("--output", "run", "--steps", "3", "--micro_batch", "4", "--parallel.ulysses_degree", "2"),
+            *("--model.recompute", "full", "--learning_rate", "1e-3", "--data.prompt_dropout", "0.2"),
+        ),
+        (ROOT / "tools/export_checkpoint.py", "--input", "run", "--output", "exported"),
+        (
+            *(ROOT / "tools/sample.py", "--weights", "exported", "--output", "samples", "--dataset", "clips"),
+            *(
+                "--captions",
+                "2",
+                "--untrained",
+                "0",
+                "--codec",
+                "dct",
+                "--steps",
+                "2",
+                "--guidance",
+                "2",
+                *SIZE,
+            ),
+        ),
+    ]
+    for words in steps:
+        finished = command(*words, cwd=cwd, timeout=240)
+        assert finished.code == 0, f"{words}\n{finished.out[-2000:]}\n{finished.err[-4000:]}"
+        (cwd / f"{Path(str(words[-1] if words[0] == '-m' else words[0])).stem}.log").write_text(finished.out)
+        if words[0] == "-m":
+            (cwd / "train.log").write_text(finished.out)
+    return cwd
+
+
+def test_training_tells_what_it_does(job: Path) -> None:
+    log = (job / "train.log").read_text()
+    for words in (
+        "ulysses 2; ZeRO stage 3, fp32, recompute full",
+        "step 3/3 | loss ",
+        "| lr ",
+        "grad_norm",
+        "s/step",
+        "tokens/s",
+    ):
+        assert words in log
+    run = job / "run"
+    assert (run / "checkpoints/latest").read_text().strip() == "step_0000003"
+    assert json.loads((run / "config.json").read_text())["steps"] == 3
+    assert list((run / "tensorboard").glob("events.out.tfevents.*"))
+
+
+def test_the_export_has_native_keys_and_says_where_it_comes_from(job: Path) -> None:
+    (file,) = (job / "exported").glob("*.safetensors")
+    with safe_open(file, framework="pt") as opened:
+        keys, metadata = set(opened.keys()), opened.metadata()
+    assert {"patch_embedding.weight", "blocks.5.self_attn.norm_q.weight", "head.modulation"} <= keys
+    assert (metadata["variant"], metadata["step"]) == ("debug", "3")
+
+
+def test_samples_are_videos_with_a_picture_of_them(job: Path) -> None:
+    entries = json.loads((job / "samples/samples.json").read_text())
+    assert [entry["weights"] for entry in entries] == ["untrained", "untrained", "trained", "trained"]
+    for entry in entries:
+        frames, fps = read_all(job / "samples" / entry["file"])
+        assert frames.shape == (9, 64, 64, 3) and fps == pytest.approx(16)
+    with Image.open(job / "samples/contact_sheet.png") as sheet:
+        assert sheet.width > 1000 and sheet.height > 200
+    checked = tool("check_toy_samples", "--input", "samples", "--colour", "0", "--direction", "0", cwd=job)
+    assert checked.code == 0 and "colour right in" in checked.out
+    assert tool("check_toy_samples", "--input", "samples", "--colour", "3", cwd=job).code == 1
+
+
+def test_the_same_command_again_resumes_and_a_finished_run_has_nothing_to_do(job: Path) -> None:
+    words = (
+        TRAIN,
+        "--data.path",
+        "store",
+        "--output",
+        "run",
+        "--micro_batch",
+        "4",
+        "--learning_rate",
+        "1e-3",
+    )
+    again = command(*words, "--steps", "3", cwd=job)
+    assert again.code == 0 and "nothing to do" in again.out, again.err[-2000:]
+    longer = command(*words, "--steps", "4", "--data.prompt_dropout", "0.2", cwd=job)
+    assert longer.code == 0 and "resumed run/checkpoints/step_0000003, written by 2 ranks" in longer.out, (
+        longer.err[-2000:]
+    )
+    assert "step 4/4" in longer.out and "step 3/4" not in longer.out
+
+
+def test_a_second_encode_has_nothing_to_do(job: Path) -> None:
+    before = {file.name: file.read_bytes() for file in (job / "store").iterdir()}
+    again = tool("encode_dataset", "--input", "clips", "--output", "store", "--codec", "dct", *SIZE, cwd=job)
+    assert again.code == 0 and "nothing to do, 24 kept, 0 rejected" in again.out
+    assert before == {file.name: file.read_bytes() for file in (job / "store").iterdir()}
+
+
+def test_bare_start_needs_nothing(tmp_path: Path) -> None:
+    bare = command(
+        *LAUNCHER, port() + 1, TRAIN, "--deepspeed", "ds_configs/zero3.json", "--steps", "2", cwd=tmp_path
+    )
+    assert bare.code == 0, bare.err[-3000:]
+    assert "synthetic samples" in bare.out and "step 2/2 | loss" in bare.out
+    assert len(list(tmp_path.glob("runs/debug-*/checkpoints/step_0000002"))) == 1
+
+
+def test_a_dry_run_prints_the_plan_and_touches_nothing(tmp_path: Path) -> None:
+    size = ("--num_frames", "81", "--height", "480", "--width", "832")
+    words = ("-m", "megawan.train", "--dry-run", "--variant", "t2v-14B", *size)
+    dry = command(*words, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
+    assert dry.code == 0, dry.err[-2000:]
+    assert "t2v-14B, 14,288,491,584 parameters, 40 heads" in dry.out and "32,760 tokens a video" in dry.out
+    assert "ids 0..999" in dry.out
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".stderr", ".stdout"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--stpes", "3"), ("--stpes", "--steps")),
+        (("--steps", "0"), ("--steps 0", "1 or more")),
+        (("--deepspeed", "nope.json"), ("nope.json", "ds_configs/zero3.json")),
+        (("--variant", "t2v-15B"), ("'t2v-15B'", "t2v-14B")),
+        (("--parallel.ulysses_degree", "4"), ("ulysses_degree 4", "6 heads", "1, 2, 3, 6")),
+        (("--parallel.ring_degree", "2"), ("2", "world")),
+        (("--data.path", "nowhere"), ("nowhere", "latent store", "tools/encode_dataset.py")),
+        (("--num_frames", "8"), ("8 frames", "4n+1")),
+        (("--height", "60"), ("height 60", "multiple of 16")),
+        (("--flow.shift", "0"), ("shift", "above 0")),
+        (("--flow.min_sigma", "0.9", "--flow.max_sigma", "0.1"), ("min_sigma", "max_sigma")),
+        (("--learning_rate", "-1"), ("learning_rate -1", "above 0")),
+        (("--optim.warmup_steps", "99", "--steps", "5"), ("warmup_steps 99", "5")),
+        (("--model.recompute", "most"), ("'most'", "full:K")),
+        (("--model.attention", "flash9"), ("'flash9'", "sdpa")),
+        (("--model.init_from", "nowhere"), ("nowhere", "no such file")),
+        (("--precision", "fp16"), ("'fp16'", "'bf16'")),
+        (("--config", "nope.json"), ("nope.json", "No such file")),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else str(value),
+)
+def test_mistakes_of_training_are_one_line(
+    words: tuple[str, ...], said: tuple[str, ...], tmp_path: Path
+) -> None:
+    is_one_line(command(TRAIN, *words, cwd=tmp_path), *said)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".stderr", ".stdout"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "said"),
+    [
+        ("make_toy_dataset", ("--output", "full"), ("full",)),
+        ("make_toy_dataset", ("--output", "new", "--frames", "8"), ("8",)),
+        ("encode_dataset", ("--input", "nowhere", "--output", "o"), ("nowhere", "no such file")),
+        ("encode_dataset", ("--input", "full", "--output", "o"), ("full", "metadata.csv")),
+        ("encode_dataset", (*BAD, "o", "--codec", "dct", *SIZE), ("0 usable clips of 1",)),
+        ("encode_dataset", (*BAD, "o", "--codec", "dct", "--num_frames", "8"), ("4n+1",)),
+        ("encode_dataset", (*BAD, "o", "--codec", "wan2.1"), ("wan2.1",)),
+        ("encode_dataset", (*BAD, "full", "--codec", "dct", *SIZE), ("full", "note.txt")),
+        ("export_checkpoint", ("--input", "full", "--output", "o"), ("full", "no training checkpoint")),
+        ("sample", ("--weights", "nowhere", "--output", "o", "--prompts", "x"), ("nowhere",)),
+        ("sample", ("--weights", "nowhere", "--output", "full", "--prompts", "x"), ("full", "not empty")),
+        ("sample", ("--weights", "nowhere", "--output", "o"), ("--prompts", "--dataset")),
+        ("check_toy_samples", ("--input", "full"), ("full",)),
+        ("quickstart", ("--output", "full"), ("full", "not an earlier quickstart")),
+        ("convert_checkpoint", ("--input", "nowhere", "--output", "o"), ("nowhere",)),
+    ],
+)  # fmt: skip
+def test_mistakes_of_the_tools_are_one_line_and_leave_nothing(
+    name: str, words: tuple[str, ...], said: tuple[str, ...], tmp_path: Path
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/note.txt").write_text("mine")
+    (tmp_path / "bad.mp4").write_bytes(b"no video")
+    (tmp_path / "bad.csv").write_text("video,prompt\nbad.mp4,a cat\n")
+    is_one_line(tool(name, *words, cwd=tmp_path), *said)
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["note.txt"]
+    assert not (tmp_path / "o").exists() and not (tmp_path / "new").exists()
