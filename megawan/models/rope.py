@@ -74,4 +74,5 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin: [l, 1, K / 2]; arithmetic in float32 or wider, result in x's dtype.
     """
     a, b = wide(x).reshape(*x.shape[:-1], -1, 2).unbind(-1)
-    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(x.dtype)
+    turned = torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(a * sin, b, cos)
+    return torch.stack(turned, dim=-1).flatten(-2).to(x.dtype)

@@ -10,25 +10,21 @@ State-dict keys are Wan's own. Every parameter is used inside the forward of the
 gathers there), and `WanBlock` and `VaceBlock` are meant to be gathered whole (`LEAF_MODULES`).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from megawan.models.attention import select_attention
 from megawan.models.precision import LayerNorm, RMSNorm, WideLinear, gated_add, modulated_norm, wide
 from megawan.models.recompute import parse_recompute
 from megawan.models.rope import RopeTables, rotate
 from megawan.models.variants import WanConfig
-
-if TYPE_CHECKING:
-    from megawan.parallel.context import ContextParallel
+from megawan.parallel.context import ContextParallel
 
 Grid = tuple[int, int, int]
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -70,12 +66,6 @@ def timestep_embedding(timestep: Tensor, dim: int) -> Tensor:
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 
-def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return softmax(q·kᵀ/√K)·v for q, k, v [B, L, N, K] by torch's own kernel."""
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-    return out.transpose(1, 2)
-
-
 @dataclass(frozen=True)
 class TokenLayout:
     """What the blocks know about this rank's tokens; nothing in it carries a gradient."""
@@ -85,15 +75,8 @@ class TokenLayout:
     clean: int
     """How many of this rank's tokens, from its first, belong to clean frames."""
     rope: tuple[Tensor, Tensor]
-    context: ContextParallel | None
+    context: ContextParallel
     kernel: Attention
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Return self-attention of the whole sequence for this rank's q, [B, l, N, K]."""
-        if self.context is None:
-            return self.kernel(q, k, v)
-        out: Tensor = self.context.attend(q, k, v, self.kernel, self.length)
-        return out
 
 
 class PatchEmbedding(nn.Module):
@@ -148,7 +131,8 @@ class SelfAttention(nn.Module):
         q = rotate(self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1)), *tokens.rope)
         k = rotate(self.norm_k(self.k(x)).unflatten(-1, (self.heads, -1)), *tokens.rope)
         v = self.v(x).unflatten(-1, (self.heads, -1))
-        return self.o(tokens.attend(q, k, v).flatten(2))  # type: ignore[no-any-return]
+        out = tokens.context.attend(q, k, v, tokens.kernel, tokens.length)
+        return self.o(out.flatten(2))  # type: ignore[no-any-return]
 
 
 class CrossAttention(nn.Module):
@@ -273,6 +257,7 @@ class WanModel(nn.Module):
         self.recompute = parse_recompute(recompute, config.num_layers)
         self.wide_residual = wide_residual
         self.rope = RopeTables(config.head_dim)
+        self._best: dict[tuple[str, torch.dtype], Attention] = {}
         dim = config.dim
         self.patch_embedding = PatchEmbedding(config.in_dim, dim, config.patch_size)
         self.text_embedding = nn.Sequential(
@@ -314,6 +299,7 @@ class WanModel(nn.Module):
         """
         self._check(latents, timestep, text, clean_frames, clip, condition, vace)
         config = self.config
+        context = context or ContextParallel.single()
         grid = token_grid(latents.shape, config.patch_size)
         dtype = self.patch_embedding.weight.dtype
         tokens = self._layout(grid, clean_frames, context, latents.device, dtype)
@@ -368,15 +354,14 @@ class WanModel(nn.Module):
             vace_scale=vace_scale,
         )
         grid = token_grid(latents.shape, self.config.patch_size)
-        if context is not None:
-            tokens = context.gather(tokens, math.prod(grid))
-        return unpatchify(tokens, grid, self.config.patch_size)
+        whole = (context or ContextParallel.single()).gather(tokens, math.prod(grid))
+        return unpatchify(whole, grid, self.config.patch_size)
 
-    def _local_patches(self, x: Tensor, context: ContextParallel | None) -> Tensor:
+    def _local_patches(self, x: Tensor, context: ContextParallel) -> Tensor:
         """Return this rank's rows [B, l, C·patch], C slowest; a rank embeds only its own."""
         pt, ph, pw = self.config.patch_size
         patches = rearrange(x, "b c (t pt) (h ph) (w pw) -> b (t h w) (c pt ph pw)", pt=pt, ph=ph, pw=pw)
-        return patches if context is None else context.shard(patches)
+        return context.shard(patches)
 
     def _times(self, timestep: Tensor, clean_frames: int) -> Tensor:
         """Return the rows' sinusoids, float64 [B, R, freq_dim]: of (t), or of (0, t) with clean frames."""
@@ -389,19 +374,26 @@ class WanModel(nn.Module):
         self,
         grid: Grid,
         clean_frames: int,
-        context: ContextParallel | None,
+        context: ContextParallel,
         device: torch.device,
         dtype: torch.dtype,
     ) -> TokenLayout:
         length = math.prod(grid)
-        start, stop, local = 0, length, length
-        if context is not None:
-            local = context.local_length(length)
-            start, stop = context.local_range(length)
+        local = context.local_length(length)
+        start, stop = context.local_range(length)
         clean_tokens = clean_frames // self.config.patch_size[0] * grid[1] * grid[2]
         clean = min(max(clean_tokens - start, 0), local)
         rope = self.rope.rows(grid, start, stop, local, device, torch.promote_types(dtype, torch.float32))
-        return TokenLayout(length, clean, rope, context, self.attention or scaled_dot_product)
+        return TokenLayout(length, clean, rope, context, self._kernel(device, dtype))
+
+    def _kernel(self, device: torch.device, dtype: torch.dtype) -> Attention:
+        """Return the kernel that was given, or the best one for this device and dtype."""
+        if self.attention is not None:
+            return self.attention
+        key = (device.type, dtype)
+        if key not in self._best:
+            self._best[key] = select_attention("auto", device.type, dtype, head_dim=self.config.head_dim)
+        return self._best[key]
 
     def _check(
         self,

@@ -15,10 +15,10 @@ from megawan.models.wan import WanModel
 TINY = WanConfig(dim=48, ffn_dim=96, freq_dim=64, num_heads=2, num_layers=2, text_dim=32)
 
 
-def random_model(config: WanConfig, seed: int) -> WanModel:
+def random_model(config: WanConfig, seed: int, recompute: str = "none") -> WanModel:
     """Return a float32 model in which every parameter is random, head and norms too, with outputs of order
     3."""
-    model = WanModel(config)
+    model = WanModel(config, recompute=recompute)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
