@@ -89,16 +89,17 @@ def parse_caption(caption: str) -> ToyCaption:
 def render_clip(index: int, options: ToyOptions) -> Frames:
     """Return clip `index` of the dataset, uint8 RGB [T, H, W, 3]; its caption is CAPTIONS[index % 24].
 
-    The shape is inside the picture in every frame, crosses 30 to 48 % of it, and its edges are antialiased.
+    The shape is inside the picture in every frame, runs through 85 to 100 % of the room that it has, so that
+    where it starts already belongs to the caption, and its edges are antialiased.
     """
     caption = parse_caption(CAPTIONS[index % len(CAPTIONS)])
     size_draw, travel_draw, along_draw, across_draw = torch.rand(
         4, generator=generator_at(options.seed, "toy", index), dtype=torch.float64
     ).tolist()
     size = options.size
-    radius = size * (0.14 + 0.06 * size_draw)
-    travel = size * (0.30 + 0.18 * travel_draw)
+    radius = size * (0.12 + 0.05 * size_draw)
     edge = radius + 1
+    travel = (size - 2 * edge) * (0.85 + 0.15 * travel_draw)
     low = edge + along_draw * (size - 2 * edge - travel)
     across = edge + across_draw * (size - 2 * edge)
     done = np.linspace(0, 1, options.frames)
