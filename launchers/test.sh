@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
 # Sets up (once) and runs the quick tests; words after it go to pytest: `launchers/test.sh tests/flow -k window`.
-# Longer suites are chosen by name: -m grid, -m faults, -m slurm, -m gpu.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Videos to latents on many GPUs: sbatch slurm/encode_dataset.sh [FLAGS OF tools/encode_dataset.py]
 # An array of independent one-GPU tasks; task I encodes share I of N, so any of them may fail and be submitted again
-# (sbatch --array=3,5 ...): finished samples are not redone. What it reads from the environment stands in
+# (sbatch --array=3,5 ...): finished samples are not redone. When all have ended, one call of tools/encode_dataset.py
+# with the same flags and without --shard writes the index; it encodes and copies nothing. What it reads from the environment stands in
 # slurm/common.sh, and:
 #   MEGAWAN_VIDEOS      the folder or manifest to encode
 #   MEGAWAN_DATA        the latent store to write

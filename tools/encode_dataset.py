@@ -57,6 +57,8 @@ class Options:
     """Pixel height; a multiple of 16 (32 for wan2.2)."""
     width: int = 832
     """Pixel width; likewise."""
+    shard: str = "0/1"
+    """I/N: encode only share I (from 0) of N, in a job array; a last call without it finishes the store."""
     fps: str = "16"
     """Resample to so many frames a second (24 for ti2v-5B), or keep the file's frames."""
 
@@ -66,6 +68,7 @@ def main(argv: Sequence[str]) -> None:
     options = parse(Options, argv, prog=PROG, description=(__doc__ or "").split("\n\n")[0], aliases=ALIASES)
     try:
         size = ClipSize(options.num_frames, options.height, options.width, frame_rate(options.fps))
+        share = parse_share(options.shard)
         manifest = read_manifest(
             options.input, root=options.root, allow_outside_root=options.allow_outside_root
         )
@@ -74,7 +77,8 @@ def main(argv: Sequence[str]) -> None:
         codec = open_codec(options.codec, options.vae, device)
         check_size(size, codec.stride)
         text, text_len = open_text(options)
-        with tqdm(total=len(manifest.rows), desc="encode", unit="clip", disable=None) as bar:
+        rows = len(manifest.rows[share[0] :: share[1]])
+        with tqdm(total=rows, desc="encode", unit="clip", disable=None) as bar:
             report = encode(
                 manifest,
                 options.output,
@@ -84,18 +88,30 @@ def main(argv: Sequence[str]) -> None:
                 size,
                 text_len,
                 device=device,
+                share=share,
                 tick=bar.update,
             )
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from None
-    store = report.store
     done = f"{report.encoded} encoded" if report.encoded else "nothing to do"
-    print(
-        f"{done}, {report.kept} kept, {len(report.rejected)} rejected, {text.truncated} captions cut;"
-        f" {store.describe()}"
+    end = (
+        report.store.describe()
+        if report.store
+        else f"share {options.shard} of {options.output}, no index yet"
     )
-    if report.rejected:
+    print(
+        f"{done}, {report.kept} kept, {len(report.rejected)} rejected, {text.truncated} captions cut; {end}"
+    )
+    if report.rejected and report.store:
         print(f"the rejected clips and why: {options.output / REJECTED}")
+
+
+def parse_share(text: str) -> tuple[int, int]:
+    """Return (I, N) of --shard I/N. Raises ValueError unless 0 <= I < N."""
+    first, slash, second = text.partition("/")
+    if not (slash and first.isdecimal() and second.isdecimal() and int(first) < int(second)):
+        raise ValueError(f"--shard {text} must be I/N with I from 0 to N-1")
+    return int(first), int(second)
 
 
 def frame_rate(text: str) -> float | None:

@@ -28,6 +28,7 @@ from megawan.data.video import BadClip, Frames, read_clip, write_mp4
 from megawan.encoders.codec import VideoCodec, open_codec
 from megawan.encoders.text import TextEncoder
 from megawan.plan import latent_shape
+from megawan.rng import generator_at
 from megawan.sampling import build, open_model_weights, random_weights, sample_latents, to_frames
 
 PROG = "tools/sample.py"
@@ -47,7 +48,7 @@ class Options:
     """Videos with captions (metadata.csv ...): its captions are sampled, and each real clip is shown
     beside."""
     captions: int = 12
-    """How many different captions of --dataset to take, spread evenly over it."""
+    """How many different captions of --dataset to take."""
     untrained: int | None = None
     """Seed: also sample from the random weights that a run of this seed starts from, for comparison."""
     codec: Literal["dct", "wan2.1", "wan2.2"] = "wan2.1"
@@ -133,8 +134,9 @@ def chosen_captions(options: Options) -> tuple[list[str], list[Path | None]]:
     for row in read_manifest(options.dataset).rows:
         first_clip.setdefault(row.prompt, row.path)
     captions = sorted(first_clip)
-    count = min(options.captions, len(captions))
-    picked = [captions[place * len(captions) // count] for place in range(count)]
+    # A fixed shuffle: evenly spaced captions of a sorted list can all share a word.
+    shuffle = torch.randperm(len(captions), generator=generator_at(0, "captions")).tolist()
+    picked = [captions[index] for index in sorted(shuffle[: options.captions])]
     return picked, [first_clip[caption] for caption in picked]
 
 

@@ -54,7 +54,8 @@ class ClipSize:
 class Report:
     """What an encode came to."""
 
-    store: LatentStore
+    store: LatentStore | None
+    """The finished store; None after one of several shares."""
     encoded: int
     kept: int
     rejected: list[tuple[Row, str]]
@@ -70,10 +71,14 @@ def encode(
     text_len: int,
     *,
     device: torch.device,
+    share: tuple[int, int] = (0, 1),
     shard_bytes: int = SHARD_BYTES,
     tick: Callable[[], None] = lambda: None,
 ) -> Report:
     """Encode every clip of `manifest` into the store `output` and return what was done; `tick` counts clips.
+
+    share (i, n) with n > 1 takes every n-th row from row i and writes no index: several tasks fill one store,
+    and a last call without a share finds all finished, and writes the index without copying anything.
 
     A clip that cannot be used is listed in OUTPUT/rejected.jsonl with the reason. Clips that a shard of an
     earlier, interrupted call holds are kept. Raises ValueError when no clip can be used, when the folder
@@ -96,9 +101,12 @@ def encode(
     order: dict[str, None] = {}  # keys of the usable clips, in the manifest's order
     encoded = 0
     features: dict[str, Tensor] = {}
-    with StoreWriter(output, settings, shard_bytes) as writer:
+    mine, shares = share
+    rows = manifest.rows[mine::shares]
+    part = f"{mine}of{shares}" if shares > 1 else ""
+    with StoreWriter(output, settings, shard_bytes, part) as writer:
         kept = writer.finished
-        for row in manifest.rows:
+        for row in rows:
             try:
                 digest = _sha256(row.path)
                 key = sample_key(digest, row.prompt)
@@ -117,11 +125,16 @@ def encode(
                 rejected.append((row, str(error)))
             tick()
         if not order:
-            raise ValueError(f"0 usable clips of {len(manifest.rows)}; the first: {rejected[0][1]}")
-        (empty,) = text.encode([""], text_len)
-        store = writer.finish(list(order), empty)
-    _write_rejected(output / REJECTED, rejected)
-    return Report(store, encoded, len(kept), rejected)
+            why = rejected[0][1] if rejected else "this share has no rows"
+            raise ValueError(f"0 usable clips of {len(rows)}; the first: {why}")
+        store = None
+        if shares > 1:
+            writer.flush()
+        else:
+            (empty,) = text.encode([""], text_len)
+            store = writer.finish(list(order), empty)
+            _write_rejected(output / REJECTED, rejected)
+    return Report(store, encoded, len(order) - encoded, rejected)
 
 
 def sample_key(source_sha256: str, prompt: str) -> str:

@@ -117,12 +117,16 @@ class StoreWriter:
     """Writes a store sample by sample; as a context manager it flushes what is whole when the block ends
     well."""
 
-    def __init__(self, path: Path, settings: Mapping[str, Any], shard_bytes: int = SHARD_BYTES) -> None:
+    def __init__(
+        self, path: Path, settings: Mapping[str, Any], shard_bytes: int = SHARD_BYTES, part: str = ""
+    ) -> None:
         """Open a new or unfinished store. Raises ValueError when the folder holds one of other settings, or
         other files."""
         self.path = path
         self.settings = dict(settings)
         self._shard_bytes = shard_bytes
+        # Several writers of one store: each names its shards itself and leaves the others' files alone.
+        self._prefix = f"shard_{part}_" if part else "shard_"
         self._rows: list[dict[str, Any]] = []
         self._shards: list[str] = []
         self._pending: dict[str, Tensor] = {}
@@ -131,7 +135,8 @@ class StoreWriter:
             raise ValueError(f"{path}: exists and is not a folder")
         for file in sorted(path.glob("*")) if path.is_dir() else []:
             if file.name.endswith(".tmp"):
-                file.unlink()
+                if file.name.startswith(self._prefix) or not part:
+                    file.unlink()
             elif file.name.startswith("shard_") and file.suffix == ".safetensors":
                 self._take_over(file)
             elif file.name not in (INDEX, EMPTY, "rejected.jsonl"):
@@ -181,7 +186,8 @@ class StoreWriter:
         if not self._pending:
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        name = f"shard_{len(self._shards):05d}.safetensors"
+        taken = sum(name.startswith(self._prefix) for name in self._shards)
+        name = f"{self._prefix}{taken:05d}.safetensors"
         header = {"settings": self.settings, "rows": self._pending_rows}
         _write_tensors(self.path / name, self._pending, {FORMAT: json.dumps(header)})
         self._shards.append(name)

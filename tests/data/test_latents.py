@@ -116,3 +116,21 @@ def test_a_wrong_index_is_refused(tmp_path: Path, change: dict[str, object], wor
     file.write_text("{")
     with pytest.raises(ValueError, match="not readable as JSON"):
         LatentStore(tmp_path / "s")
+
+
+def test_several_writers_fill_one_store(tmp_path: Path) -> None:
+    for part, numbers in (("0of2", (0, 2, 4)), ("1of2", (1, 3))):
+        (tmp_path / "s").mkdir(exist_ok=True)
+        (tmp_path / "s" / "shard_9of9_00000.safetensors.tmp").write_bytes(b"another task is writing this")
+        with StoreWriter(tmp_path / "s", SETTINGS, 4100, part) as writer:
+            for number in numbers:
+                writer.add(f"k{number}", tensors(number), row(number))
+            writer.flush()
+        assert (tmp_path / "s" / "shard_9of9_00000.safetensors.tmp").exists()
+    before = {file.name: file.read_bytes() for file in (tmp_path / "s").glob("shard_?of2_*")}
+    assert len(before) == 3
+    store = write(tmp_path / "s", range(5))
+    assert store is not None and [store[number].prompt for number in range(5)] == [
+        f"caption {n}" for n in range(5)
+    ]
+    assert {file.name: file.read_bytes() for file in (tmp_path / "s").glob("shard_*")} == before
