@@ -57,13 +57,25 @@ def _rename(word: str, aliases: Mapping[str, str]) -> str:
 
 
 def _one_line(box: str, prog: str) -> str:
-    """Return the sentences of tyro's framed message as one line."""
+    """Return what tyro's framed message says as one line."""
     lines = [re.sub(r"[│╭╮╰╯─]+", " ", line).strip() for line in box.splitlines()]
-    lines = [line for line in lines if line]
-    text = " ".join(lines[1:] if len(lines) > 1 else lines)
-    text = re.sub(r"\s*(Argument helptext:.*|For full helptext, (run|see) .*)$", "", text)
-    text = re.sub(r"\s+", " ", text).strip()
+    title, *lines = [line for line in lines if line] or [box]
+    if title == "Required options":  # a frame of its own form, with every flag's help in it
+        lines, unknown = _split_at(lines, "Unrecognized options:")
+        missing = ", ".join(line for line in lines if line.startswith("--"))
+        unknown, _ = _split_at(unknown, "For full helptext")
+        text = f"missing: {missing}" + (f"; unrecognized: {' '.join(unknown)}" if unknown else "")
+    else:
+        text = " ".join(lines or [title])
+        text = re.sub(r"\s*(Argument helptext:.*|For full helptext, (run|see) .*)$", "", text)
+        text = re.sub(r"\s+", " ", text).strip()
     return f"{text} (see {prog} --help)"
+
+
+def _split_at(lines: list[str], start: str) -> tuple[list[str], list[str]]:
+    """Return the lines before the first that starts with `start`, and those after it."""
+    at = next((index for index, line in enumerate(lines) if line.startswith(start)), len(lines))
+    return lines[:at], lines[at + 1 :]
 
 
 def run(main: Callable[[Sequence[str]], None], prog: str, rank: int = 0) -> NoReturn:

@@ -85,3 +85,30 @@ def test_exit_codes() -> None:
     assert (stopped.returncode, stopped.stderr) == (130, "x.py: interrupted\n")
     broken = script("raise RuntimeError('a bug keeps its traceback')")
     assert broken.returncode == 1 and "Traceback" in broken.stderr
+
+
+@dataclass(frozen=True)
+class Required:
+    """Options without defaults."""
+
+    source: Path
+    """Where from."""
+    layout: Literal["a", "b"]
+    """How, in words enough that the help takes a second line of the frame when it is printed in full."""
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ((), "missing: --source PATH, --layout {a,b} (see x.py --help)"),
+        (("--source", "x"), "missing: --layout {a,b} (see x.py --help)"),
+        (
+            ("--sauce", "x"),
+            "missing: --source PATH, --layout {a,b}; unrecognized: --sauce x (see x.py --help)",
+        ),
+    ],
+)
+def test_missing_flags_are_named_without_their_help(argv: tuple[str, ...], said: str) -> None:
+    with pytest.raises(cli.UserError) as caught:
+        cli.parse(Required, argv, prog="x.py", description="d")
+    assert str(caught.value) == said

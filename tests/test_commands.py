@@ -206,7 +206,8 @@ def test_mistakes_of_training_are_one_line(
         ("sample", ("--weights", "nowhere", "--output", "o"), ("--prompts", "--dataset")),
         ("check_toy_samples", ("--input", "full"), ("full",)),
         ("quickstart", ("--output", "full"), ("full", "not an earlier quickstart")),
-        ("convert_checkpoint", ("--input", "nowhere", "--output", "o"), ("nowhere",)),
+        ("convert_checkpoint", ("--input", "nowhere", "--output", "o"), ("missing: --layout {native",)),
+        ("convert_checkpoint", ("--input", "no", "--output", "o", "--layout", "native"), ("no: ",)),
     ],
 )  # fmt: skip
 def test_mistakes_of_the_tools_are_one_line_and_leave_nothing(
