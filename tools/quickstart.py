@@ -33,7 +33,7 @@ class Options:
 
     output: Path = Path("runs/quickstart")
     """Folder for everything it makes; an earlier quickstart there is replaced."""
-    steps: int = 1500
+    steps: int = 1000
     """Optimizer steps."""
     captions: int = 12
     """Captions that are sampled and measured."""
@@ -74,7 +74,8 @@ def main(argv: Sequence[str]) -> None:
             *("--model.variant", "debug", "--data.path", store, "--output", run_folder),
             *("--parallel.ulysses_degree", ulysses, "--micro_batch", GLOBAL_BATCH * ulysses // ranks),
             *("--model.recompute", "full", "--steps", options.steps, "--data.prompt_dropout", "0.1"),
-            *("--optim.learning_rate", "1.5e-3", "--optim.schedule", "cosine", "--optim.warmup_steps", "20"),
+            *("--optim.learning_rate", "3e-3", "--optim.beta2", "0.99"),
+            *("--optim.schedule", "cosine", "--optim.warmup_steps", "20"),
             *("--metrics.log_every", "25"),
         ],
     )
