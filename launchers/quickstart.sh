@@ -1,11 +1,10 @@
 #!/usr/bin/env bash
 # The whole job on toy videos, on whatever this machine has: mp4 clips → latents → ZeRO-3 training on two ranks (or one
 # per GPU) → export → sampled mp4 and one picture. About eight minutes on two CPU cores after installation.
-#   bash launchers/quickstart.sh [OUTPUT_FOLDER]     default: runs/quickstart, replaced at every call
+#   bash launchers/quickstart.sh [--output FOLDER]     default: runs/quickstart of the checkout, replaced at every call
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-output="${1:-$root/runs/quickstart}"
 bash "$root/launchers/setup.sh"
 if [[ "${MEGAWAN_SYSTEM_PYTHON:-}" != 1 ]]; then
     # shellcheck source=/dev/null
@@ -13,4 +12,4 @@ if [[ "${MEGAWAN_SYSTEM_PYTHON:-}" != 1 ]]; then
 fi
 # Nothing here downloads; without this, libraries that look for a hub would wait for a time-out.
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-exec python "$root/tools/quickstart.py" --output "$output"
+exec python "$root/tools/quickstart.py" "$@"

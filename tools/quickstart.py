@@ -31,7 +31,7 @@ GLOBAL_BATCH = 16
 class Options:
     """Where the quickstart works, and how long it trains."""
 
-    output: Path = Path("runs/quickstart")
+    output: Path = ROOT / "runs/quickstart"
     """Folder for everything it makes; an earlier quickstart there is replaced."""
     steps: int = 1000
     """Optimizer steps."""

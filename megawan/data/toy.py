@@ -91,8 +91,8 @@ def render_clip(index: int, options: ToyOptions) -> Frames:
 
     The shape is inside the picture in every frame, runs through 85 to 100 % of the room that it has, within
     the middle 40 % of the room across, and its edges are antialiased. So where a clip starts already belongs
-    to its caption: with shorter ways anywhere in the picture the debug model learned colours within 500 steps,
-    but directions not within 1,500.
+    to its caption: with shorter ways anywhere in the picture the debug model learned colours within 500
+    steps, but directions not within 1,500.
     """
     caption = parse_caption(CAPTIONS[index % len(CAPTIONS)])
     size_draw, travel_draw, along_draw, across_draw = torch.rand(
