@@ -5,9 +5,7 @@ masters and Adam moments, each with its place in the whole parameter, and a mani
 and sha256. Any world size, ZeRO stage or layout reads what any other wrote.
 """
 
-import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,10 +16,10 @@ from typing import Any
 import torch
 import torch.distributed as torch_dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megawan import dist
+from megawan.files import sha256, sync, write_json, write_tensors, write_text
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 FORMAT = "megawan-checkpoint"
@@ -162,7 +160,7 @@ def verify(folder: Path) -> dict[str, Any]:
             problem = f"{file} is missing"
         elif file.stat().st_size != entry["bytes"]:
             problem = f"{file} has {file.stat().st_size} bytes, its manifest says {entry['bytes']}"
-        elif _sha256(file) != entry["sha256"]:
+        elif sha256(file) != entry["sha256"]:
             problem = f"{file} does not have the sha256 of its manifest"
     if parallel and not dist.all_succeeded(not problem):
         problem = problem or f"{folder}: a file that another rank checked is missing or changed"
@@ -262,9 +260,8 @@ def _write_rank_file(file: Path, pieces: Iterable[Fragment]) -> tuple[bytes, int
         table[key] = (piece.start, piece.values.numel(), piece.shape)
     # Views of one flat buffer share storage, which safetensors refuses to save.
     tensors = {key: value.clone() for key, value in tensors.items()}
-    save_file(tensors, file, metadata={"fragments": json.dumps(table)})
-    _fsync(file)
-    return bytes.fromhex(_sha256(file)), file.stat().st_size
+    write_tensors(file, tensors, {"fragments": json.dumps(table)})
+    return bytes.fromhex(sha256(file)), file.stat().st_size
 
 
 def _share_entries(digest: bytes, size: int) -> dict[str, dict[str, Any]]:
@@ -295,7 +292,7 @@ def _manifest(step: int, files: Mapping[str, Any], state: Mapping[str, Any]) -> 
 
 def _commit(aside: Path, final: Path, manifest: Mapping[str, Any]) -> None:
     write_json(aside / "manifest.json", manifest)
-    _fsync(aside)
+    sync(aside)
     replaced = final.with_name(final.name + ".replaced.tmp")
     if final.exists():
         # Resume skipped it as damaged, or this step is saved a second time; it stays until the new one has
@@ -303,36 +300,9 @@ def _commit(aside: Path, final: Path, manifest: Mapping[str, Any]) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
     aside.rename(final)
-    _fsync(final.parent)
+    sync(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
     write_text(final.parent / "latest", final.name + "\n")
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically: readers see the old file or the whole new one."""
-    write_text(path, json.dumps(value, indent=2, sort_keys=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small text file atomically."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text, encoding="utf-8")
-    _fsync(aside)
-    aside.replace(path)
-    _fsync(path.parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _rank_file(rank: int) -> str:

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from megawan import checkpoint, cli, config, dist
 from megawan.data.batch import Batch
 from megawan.data.loader import make_loader
+from megawan.files import write_json
 from megawan.flow.loss import flow_loss
 from megawan.metrics import Clock, LossMeter, RunLog, describe_environment, peak_memory
 from megawan.models.attention import select_attention
@@ -275,8 +276,8 @@ def write_run_files(folder: Path, options: config.TrainConfig) -> None:
     """Write what ran and where beside the curves, on rank 0."""
     if dist.is_main():
         folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_json(folder / "config.json", config.to_dict(options))
-        checkpoint.write_json(folder / "env.json", describe_environment())
+        write_json(folder / "config.json", config.to_dict(options))
+        write_json(folder / "env.json", describe_environment())
 
 
 def progress(title: str, total: int) -> "tqdm[Any]":

@@ -19,11 +19,18 @@ STANDARD = frozenset(sys.stdlib_module_names)
 ROOMS: dict[str, tuple[tuple[str, ...], frozenset[str] | None]] = {
     "megawan.flow": ((), frozenset({"torch", "einops"})),
     "megawan.parallel": ((), frozenset({"torch", "einops"})),
-    "megawan.models": (("megawan.parallel",), frozenset({"torch", "einops", "safetensors", "flash_attn"})),
-    "megawan.data": ((), frozenset({"numpy", "torch", "safetensors", "av", "tqdm", "PIL", "einops"})),
+    "megawan.models": (
+        ("megawan.parallel", "megawan.files"),
+        frozenset({"torch", "einops", "safetensors", "flash_attn"}),
+    ),
+    "megawan.data": (
+        ("megawan.files",),
+        frozenset({"numpy", "torch", "safetensors", "av", "tqdm", "PIL", "einops"}),
+    ),
     "megawan.encoders": (("megawan.data",), None),
     "megawan.cost": ((), frozenset()),
     "megawan.rng": ((), frozenset({"torch"})),
+    "megawan.files": ((), frozenset({"torch", "safetensors"})),
     "megawan.cli": ((), frozenset({"tyro"})),
 }
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from megawan.data.latents import SHARD_BYTES, LatentStore, StoreWriter
 from megawan.data.manifest import Manifest, Row
 from megawan.data.video import BadClip, read_clip
+from megawan.files import sha256
 
 REJECTED = "rejected.jsonl"
 
@@ -108,7 +109,7 @@ def encode(
         kept = writer.finished
         for row in rows:
             try:
-                digest = _sha256(row.path)
+                digest = sha256(row.path)
                 key = sample_key(digest, row.prompt)
                 if key in order:
                     raise BadClip(row.path, "the same file with the same caption is listed before")
@@ -155,8 +156,3 @@ def _write_rejected(file: Path, rejected: Sequence[tuple[Row, str]]) -> None:
             for row, reason in rejected
         ]
         file.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

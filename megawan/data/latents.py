@@ -11,7 +11,6 @@ the difference.
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -19,10 +18,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megawan.data.batch import Sample
+from megawan.files import sha256, write_json, write_tensors
 
 FORMAT = "megawan-latents"
 VERSION = 1
@@ -95,7 +94,7 @@ class LatentStore:
     def verify(self) -> None:
         """Read every shard and raise ValueError naming the first whose sha256 is not the index's."""
         for name, entry in self._index["shards"].items():
-            if _sha256(_inside(self.path, name)) != entry["sha256"]:
+            if sha256(_inside(self.path, name)) != entry["sha256"]:
                 raise ValueError(
                     f"{self.path / name}: does not have the sha256 of the index; encode it again"
                 )
@@ -189,7 +188,7 @@ class StoreWriter:
         taken = sum(name.startswith(self._prefix) for name in self._shards)
         name = f"{self._prefix}{taken:05d}.safetensors"
         header = {"settings": self.settings, "rows": self._pending_rows}
-        _write_tensors(self.path / name, self._pending, {FORMAT: json.dumps(header)})
+        write_tensors(self.path / name, self._pending, {FORMAT: json.dumps(header)})
         self._shards.append(name)
         self._rows += [{**row, "shard": name} for row in self._pending_rows]
         self._pending, self._pending_rows = {}, []
@@ -199,12 +198,12 @@ class StoreWriter:
         store."""
         self.flush()
         self.path.mkdir(parents=True, exist_ok=True)
-        _write_tensors(
+        write_tensors(
             self.path / EMPTY, {"text": empty_text.detach().to("cpu", torch.float32).contiguous()}, {}
         )
         by_key = {row["key"]: row for row in self._rows}
         shards = {
-            name: {"bytes": (self.path / name).stat().st_size, "sha256": _sha256(self.path / name)}
+            name: {"bytes": (self.path / name).stat().st_size, "sha256": sha256(self.path / name)}
             for name in [*self._shards, EMPTY]
         }
         index = {
@@ -214,11 +213,7 @@ class StoreWriter:
             "shards": shards,
             "samples": [by_key[key] for key in order if key in by_key],
         }
-        aside = self.path / f"{INDEX}.tmp"
-        aside.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-        _sync(aside)
-        aside.replace(self.path / INDEX)
-        _sync(self.path)
+        write_json(self.path / INDEX, index)
         return LatentStore(self.path)
 
     def __enter__(self) -> "StoreWriter":
@@ -267,24 +262,3 @@ def _difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
 
 def _digest(value: Any) -> str:
     return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    aside = file.with_name(file.name + ".tmp")
-    save_file(dict(tensors), aside, metadata=metadata)
-    _sync(aside)
-    aside.replace(file)
-    _sync(file.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from megawan.files import sync, write_json, write_text
 from megawan.models.keys import COMFYUI_PREFIX, expected_shapes, to_diffusers
 from megawan.models.tensor_files import DTYPE_NAMES, TensorSource, read_safetensors
 from megawan.models.variants import VARIANTS, Variant, WanConfig, get_variant
@@ -79,12 +80,12 @@ def write_weights(
             files += plan.write(temporary, dict(metadata), max_shard_bytes, tick)
         for file in files:
             os.replace(_partial(file), file)
-        _write_text(temporary / "README.md", _model_card(layout, config, dtype, metadata, files, temporary))
+        write_text(temporary / "README.md", _model_card(layout, config, dtype, metadata, files, temporary))
         if layout == "diffusers":
-            _write_json(temporary / "model_index.json", _model_index(config, variant, plans))
-        _sync_folder(temporary)
+            write_json(temporary / "model_index.json", _model_index(config, variant, plans), sort_keys=True)
+        sync(temporary)
         os.replace(temporary, out_dir)
-        _sync_folder(out_dir.parent)
+        sync(out_dir.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -177,10 +178,10 @@ class _Plan:
             files.append(folder / name)
         if count > 1:
             index = {"metadata": {"total_size": self.bytes}, "weight_map": weight_map}
-            _write_json(folder / f"{self.stem}.safetensors.index.json", index)
+            write_json(folder / f"{self.stem}.safetensors.index.json", index, sort_keys=True)
         about = _diffusers_config(self.config) if self.layout == "diffusers" else _native_config(self.config)
-        _write_json(folder / "config.json", about)
-        _sync_folder(folder)
+        write_json(folder / "config.json", about, sort_keys=True)
+        sync(folder)
         return files
 
     def _write_shard(
@@ -347,22 +348,3 @@ def _model_card(
 
 def _cell(text: str) -> str:
     return " ".join(text.replace("|", "\\|").split())
-
-
-def _write_json(file: Path, value: dict[str, Any]) -> None:
-    _write_text(file, json.dumps(value, indent=2, sort_keys=True) + "\n")
-
-
-def _write_text(file: Path, text: str) -> None:
-    with file.open("w", encoding="utf-8") as out:
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

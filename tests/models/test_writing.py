@@ -283,7 +283,7 @@ def test_every_file_is_on_the_disk_before_the_folder_appears(
     )
     order = {event: place for place, event in enumerate(events)}
     for file in (tmp_path / "x").iterdir():
-        name = file.name + ".partial" * (file.suffix == ".safetensors")
+        name = file.name + (".partial" if file.suffix == ".safetensors" else ".tmp")
         assert order["sync", name] < order["rename", "x"]
     assert events[-1] == ("sync", tmp_path.name)
 
