@@ -7,9 +7,11 @@ without them the process is a world of one.
 import datetime
 import hashlib
 import os
+import signal
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import FrameType
 
 import torch
 import torch.distributed as torch_dist
@@ -165,3 +167,25 @@ def require_agreement(what: str, text: str) -> None:
         raise RuntimeError(
             f"ranks {strangers} disagree with rank 0 about the {what}; this rank has: {text[:500]}"
         )
+
+
+class PreemptionWarning:
+    """A scheduler's warning that this job ends soon: SIGUSR1, which may reach one rank or all of them.
+
+    Collective to create, on all ranks, after `initialize`. The signal is only remembered; the loop asks.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        self._seen = False
+        # A group on the host: asking must not wait for the kernels that a step left running on the GPU.
+        self._group = torch_dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
+        signal.signal(signal.SIGUSR1, self._remember)
+
+    def came(self) -> bool:
+        """Return True on every rank when any rank was warned; collective."""
+        flag = torch.tensor(int(self._seen))
+        torch_dist.all_reduce(flag, op=torch_dist.ReduceOp.MAX, group=self._group)
+        return bool(flag)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self._seen = True

@@ -66,6 +66,7 @@ def run(plan: Plan, device: torch.device) -> None:
     for line in plan.describe():
         dist.say(line)
     dist.require_agreement("configuration", str(config.to_dict(options)))
+    warning = dist.PreemptionWarning(options.dist_timeout)
     resume_from = choose_start(folder, options)
 
     context = ContextParallel.create(plan.topology, torch.distributed.get_rank(), options.dist_timeout)
@@ -90,7 +91,7 @@ def run(plan: Plan, device: torch.device) -> None:
     write_run_files(folder, options)
 
     batches = make_batches(plan, start)
-    loop(engine, engines, plan, context, batches, start, folder, device)
+    loop(engine, engines, plan, context, batches, start, folder, device, warning)
 
 
 def loop(
@@ -102,8 +103,9 @@ def loop(
     start: int,
     folder: Path,
     device: torch.device,
+    warning: dist.PreemptionWarning,
 ) -> None:
-    """Take the steps from `start` to the end: train, log every n, save every n."""
+    """Take the steps from `start` to the end: train, log every n, save every n and when the job is warned."""
     options, meter, clock = plan.config, LossMeter(device), Clock()
     log = RunLog(folder, options.metrics, start, plan.steps)
     log.text("config", "\n".join(f"    {line}" for line in plan.describe()), start)
@@ -113,7 +115,8 @@ def loop(
         micro_batches = [batch.to(device) for batch in next(batches)]
         clock.add_wait(time.perf_counter() - waiting)
         tokens += train_step(engine, engines, plan, context, micro_batches, meter) * plan.topology.dp_size
-        if step % options.metrics.log_every == 0 or step == plan.steps:
+        last = warning.came() or step == plan.steps
+        if last or step % options.metrics.log_every == 0:
             loss, by_sigma = meter.read()
             seconds, waited = clock.read()
             scalars = {
@@ -129,13 +132,16 @@ def loop(
             }
             log.step(step, scalars, seconds / (step - logged))
             tokens, logged = 0, step
-        if step == plan.steps or (
-            options.checkpoint.save_every and step % options.checkpoint.save_every == 0
-        ):
+        if last or (options.checkpoint.save_every and step % options.checkpoint.save_every == 0):
             saved = save(engine, engines, plan, folder, step)
             dist.say(f"saved {saved}")
+        if last:
+            break
     log.close()
-    dist.say(f"finished {plan.steps} steps; curves: tensorboard --logdir {folder / 'tensorboard'}")
+    if step < plan.steps:
+        dist.say(f"warned by SIGUSR1 at step {step} of {plan.steps}; the same command goes on from here")
+    else:
+        dist.say(f"finished {plan.steps} steps; curves: tensorboard --logdir {folder / 'tensorboard'}")
 
 
 def make_batches(plan: Plan, start: int) -> Iterator[list[Batch]]:

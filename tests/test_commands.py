@@ -3,6 +3,8 @@ mistakes."""
 
 import json
 import os
+import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from megawan.data.video import read_all
-from tests.commands import ROOT, Finished, command
+from tests.commands import ROOT, Finished, command, rank_process, wait_for
 
 TRAIN = ROOT / "megawan/train.py"
 LAUNCHER = ("-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port")
@@ -146,6 +148,25 @@ def test_bare_start_needs_nothing(tmp_path: Path) -> None:
     assert bare.code == 0, bare.err[-3000:]
     assert "synthetic samples" in bare.out and "step 2/2 | loss" in bare.out
     assert len(list(tmp_path.glob("runs/debug-*/checkpoints/step_0000002"))) == 1
+
+
+def test_a_warning_that_reaches_one_rank_saves_on_all_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    words = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port() + 2, TRAIN)
+    flags = ("--output", "run", "--parallel.ulysses_degree", "2", "--metrics.log_every", "1")
+
+    def warn_rank_1(out: Path, launcher: int) -> None:
+        wait_for("step 2/", out)
+        os.kill(rank_process(launcher, 1), signal.SIGUSR1)
+
+    warned = command(*words, *flags, "--steps", "100000", cwd=tmp_path, meanwhile=warn_rank_1)
+    assert warned.code == 0, warned.err[-3000:]
+    (stopped,) = re.findall(r"warned by SIGUSR1 at step (\d+) of 100000", warned.out)
+    latest = (tmp_path / "run/checkpoints/latest").read_text().strip()
+    assert latest == f"step_{int(stopped):07d}"
+    last = int(stopped) + 1
+    resumed = command(*words, *flags, "--steps", last, cwd=tmp_path)
+    assert resumed.code == 0, resumed.err[-3000:]
+    assert f"resumed run/checkpoints/{latest}" in resumed.out and f"step {last}/{last} |" in resumed.out
 
 
 def test_a_dry_run_prints_the_plan_and_touches_nothing(tmp_path: Path) -> None:
