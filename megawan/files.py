@@ -44,8 +44,11 @@ def sync(path: Path) -> None:
 
 def sha256(path: Path) -> str:
     """Return the file's SHA-256 in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest, block = hashlib.sha256(), memoryview(bytearray(2**20))
+    with path.open("rb", buffering=0) as file:  # hashlib.file_digest needs Python 3.11
+        while count := file.readinto(block):
+            digest.update(block[:count])
+    return digest.hexdigest()
 
 
 def _rename(aside: Path, path: Path) -> None:

@@ -1,5 +1,6 @@
 """Files are whole or absent, and readable by whom the umask lets."""
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -36,3 +37,10 @@ def test_a_writer_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: py
     with pytest.raises(OSError, match="no space"):
         files.write_json(file, {"x": 2})
     assert file.read_text() == '{\n  "x": 1\n}\n'
+
+
+@pytest.mark.parametrize("size", [0, 1, 2**20, 2**20 + 1, 3 * 2**20 - 1])
+def test_the_digest_is_of_every_byte(size: int, tmp_path: Path) -> None:
+    data = (bytes(range(251)) * (size // 251 + 1))[:size]
+    (tmp_path / "a").write_bytes(data)
+    assert files.sha256(tmp_path / "a") == hashlib.sha256(data).hexdigest()
