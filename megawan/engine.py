@@ -6,14 +6,21 @@ right).
 """
 
 import contextlib
+import fcntl
+import hashlib
 import logging
 import math
+import os
+import shutil
+import sys
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import (
     safe_get_local_fp32_param,
@@ -23,8 +30,10 @@ from deepspeed.utils import (
     set_z3_leaf_modules,
 )
 from torch import Tensor, nn
+from torch.utils.cpp_extension import get_default_build_root
 
 from megawan.checkpoint import MOMENTS, Fragment, StepWeights
+from megawan.dist import say
 from megawan.ds_config import Resolved
 from megawan.models.layouts import TensorSource
 from megawan.optim import OptimOptions, build_optimizer, build_schedule, parameter_groups
@@ -32,13 +41,19 @@ from megawan.optim import OptimOptions, build_optimizer, build_schedule, paramet
 Shapes = dict[str, tuple[int, ...]]
 
 
+class ExtensionError(RuntimeError):
+    """DeepSpeed's extension for CPU ranks cannot be built here."""
+
+
 def build_model(make: Callable[[], nn.Module], resolved: Resolved, device: torch.device) -> nn.Module:
     """Return `make()` with parameters in the run's precision on `device`, sharded while it is built at stage
     3.
 
     Under zero.Init no rank ever holds more than one whole module. Parameter values are left for
-    `load_weights`.
+    `load_weights`. Raises ExtensionError on a CPU machine that cannot build DeepSpeed's extension.
     """
+    if device.type == "cpu":
+        load_host_extension()
     # Start-up prints hundreds of lines otherwise, and torch 2.13 warns of calls that are DeepSpeed's to
     # change.
     deepspeed_logger.setLevel(logging.WARNING)
@@ -58,6 +73,45 @@ def build_model(make: Callable[[], nn.Module], resolved: Resolved, device: torch
     if resolved.zero_stage < 3:
         model.to(torch.bfloat16 if resolved.precision == "bf16" else torch.float32)
     return model
+
+
+def load_host_extension() -> None:
+    """Build, or load, the extension without which DeepSpeed does not start on CPUs (half a minute, once).
+
+    One process at a time, in a folder for this Python environment alone: DeepSpeed's own way waits forever
+    for the lock file of a build that was killed, and environments that share a folder rebuild it under each
+    other's feet. Raises ExtensionError.
+    """
+    folder = extension_folder()
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
+    beside = Path(sys.executable).parent
+    if shutil.which("ninja") is None and (beside / "ninja").exists():  # .venv/bin/python without activation
+        os.environ["PATH"] = f"{beside}{os.pathsep}{os.environ.get('PATH', '')}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "megawan.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # falls with the process that holds it
+            for left_behind in folder.glob("*/lock"):
+                left_behind.unlink()
+            if not any(folder.glob("*/*.so")):
+                say("building DeepSpeed's extension for CPU ranks, once: about half a minute")
+            get_accelerator().create_op_builder("ShareMemCommBuilder").load(verbose=False)
+    except (OSError, RuntimeError, ImportError) as error:
+        reason = str(error).partition("\n")[0]
+        if " " in torch.__file__:
+            reason = f"its linker command cannot hold the space in {Path(torch.__file__).parent}"
+        raise ExtensionError(
+            f"cannot build DeepSpeed's CPU extension in {folder}: {reason}; it needs g++, ninja, a folder to"
+            " write (TORCH_EXTENSIONS_DIR) and a Python environment whose path has no space"
+        ) from error
+
+
+def extension_folder() -> Path:
+    """Return where the extension is built: TORCH_EXTENSIONS_DIR, or a cache folder of this environment
+    alone."""
+    environment = f"{sys.prefix} {torch.__version__} {deepspeed.__version__}"
+    own = f"megawan-{hashlib.blake2b(environment.encode(), digest_size=4).hexdigest()}"
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path(get_default_build_root(), own))
 
 
 def initialize(

@@ -78,11 +78,14 @@ def run(plan: Plan, device: torch.device) -> None:
         need_lse=plan.topology.ring_degree > 1,
     )
     dist.say(f"attention: {kernel.describe()}")
-    model = engines.build_model(
-        lambda: WanModel(plan.variant.config, attention=kernel, recompute=options.model.recompute),
-        plan.deepspeed,
-        device,
-    )
+    try:
+        model = engines.build_model(
+            lambda: WanModel(plan.variant.config, attention=kernel, recompute=options.model.recompute),
+            plan.deepspeed,
+            device,
+        )
+    except engines.ExtensionError as error:
+        raise cli.UserError(str(error)) from None
     engine = engines.initialize(model, LEAF_MODULES, plan.deepspeed, options.optim, plan.steps)
     start = fill(engine, engines, plan, resume_from)
     if start >= plan.steps:

@@ -4,6 +4,7 @@ mistakes."""
 import json
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from megawan.data.video import read_all
+from megawan.engine import extension_folder
 from tests.commands import ROOT, Finished, command, rank_process, wait_for
 
 TRAIN = ROOT / "megawan/train.py"
@@ -167,6 +169,28 @@ def test_a_warning_that_reaches_one_rank_saves_on_all_and_the_same_command_goes_
     resumed = command(*words, *flags, "--steps", last, cwd=tmp_path)
     assert resumed.code == 0, resumed.err[-3000:]
     assert f"resumed run/checkpoints/{latest}" in resumed.out and f"step {last}/{last} |" in resumed.out
+
+
+def test_the_lock_that_a_killed_build_left_does_not_hang_the_start(job: Path, tmp_path: Path) -> None:
+    """`job` ran before, so the extension is built; DeepSpeed itself would wait for this lock for ever."""
+    folder = tmp_path / "extensions"
+    shutil.copytree(extension_folder(), folder)
+    lock = folder / "deepspeed_shm_comm/lock"
+    assert lock.parent.is_dir()
+    lock.touch()
+    started = command(
+        TRAIN, "--steps", "1", cwd=tmp_path, timeout=60, env={"TORCH_EXTENSIONS_DIR": str(folder)}
+    )
+    assert started.code == 0, started.err[-2000:]
+
+
+def test_an_extension_that_cannot_be_built_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    failed = command(TRAIN, cwd=tmp_path, env={"TORCH_EXTENSIONS_DIR": str(tmp_path / "file")})
+    assert failed.code == 2, failed.err[-2000:]
+    (line,) = (line for line in failed.err.splitlines() if "error:" in line)
+    assert "CPU extension" in line and str(tmp_path / "file") in line and "g++" in line
+    assert "Traceback" not in failed.err and not (tmp_path / "runs").exists()
 
 
 def test_a_dry_run_prints_the_plan_and_touches_nothing(tmp_path: Path) -> None:

@@ -43,8 +43,13 @@ def main(argv: Sequence[str]) -> None:
     """Run every step; raises UserError naming the step that failed."""
     options = parse(Options, argv, prog=PROG, description=(__doc__ or "").split("\n\n")[0])
     output = options.output.resolve()
-    clear(output)
     ranks, ulysses = layout()
+    if " " in sys.prefix and not torch.cuda.is_available():
+        raise UserError(
+            f"{sys.prefix} has a space in its path; on CPUs DeepSpeed builds an extension whose linker"
+            " command cannot hold one: move the checkout"
+        )
+    clear(output)
     size = ["--num_frames", "9", "--height", "64", "--width", "64", "--fps", "16"]
     dataset, store, run_folder = output / "dataset", output / "latents", output / "run"
     exported, samples = output / "exported", output / "samples"
