@@ -20,7 +20,7 @@ from tqdm import tqdm  # noqa: E402
 from megawan.cli import UserError, parse, run  # noqa: E402
 from megawan.data.encoding import REJECTED, ClipSize, encode  # noqa: E402
 from megawan.data.manifest import read_manifest  # noqa: E402
-from megawan.encoders.codec import open_codec  # noqa: E402
+from megawan.encoders.opening import open_codec  # noqa: E402
 from megawan.encoders.text import TextEncoder  # noqa: E402
 from megawan.models.variants import get_variant  # noqa: E402
 

@@ -25,7 +25,8 @@ from megawan.contact_sheet import Row, contact_sheet
 from megawan.data.batch import pad_text
 from megawan.data.manifest import read_manifest
 from megawan.data.video import BadClip, Frames, read_clip, write_mp4
-from megawan.encoders.codec import VideoCodec, open_codec
+from megawan.encoders.codec import VideoCodec
+from megawan.encoders.opening import open_codec
 from megawan.encoders.text import TextEncoder
 from megawan.plan import latent_shape
 from megawan.rng import generator_at

@@ -1,12 +1,8 @@
-"""What every video codec here can do, and how one is opened by name."""
+"""What every video codec here can do, and what it is given."""
 
-from pathlib import Path
 from typing import Protocol
 
-import torch
 from torch import Tensor
-
-CODECS = ("dct", "wan2.1", "wan2.2")
 
 
 class VideoCodec(Protocol):
@@ -37,27 +33,6 @@ class VideoCodec(Protocol):
     def decode(self, latents: Tensor) -> Tensor:
         """Return pixels float32 [B, 3, T, H, W], clamped to [-1, 1], of latents [B, C, f, H/h, W/w]."""
         ...
-
-
-def open_codec(name: str, path: Path | None, device: torch.device | str) -> VideoCodec:
-    """Return the codec `name` ("dct", "wan2.1" or "wan2.2") on `device`.
-
-    `path` is the VAE's weights (a diffusers folder or an original file); the weightless "dct" takes None.
-    Raises ValueError for an unknown name, a missing or needless path, or weights of another VAE.
-    """
-    if name == "dct":
-        from megawan.encoders.dct import DctCodec
-
-        if path is not None:
-            raise ValueError(f"the codec dct has no weights, so it takes no path; given: {path}")
-        return DctCodec(device)
-    if name not in CODECS:
-        raise ValueError(f"there is no codec {name!r}; legal: {', '.join(CODECS)}")
-    if path is None:
-        raise ValueError(f"the codec {name} needs the path of its weights: a diffusers folder or a VAE file")
-    from megawan.encoders.vae import WanVae  # diffusers takes seconds to import, and dct does without
-
-    return WanVae.open(name, path, device)
 
 
 def check_pixels(pixels: Tensor, stride: tuple[int, int, int]) -> None:

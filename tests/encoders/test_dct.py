@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megawan.encoders.codec import open_codec
 from megawan.encoders.dct import DctCodec, block_basis
+from megawan.encoders.opening import open_codec
 from megawan.rng import generator_at
 
 

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKLWan
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megawan.encoders.codec import open_codec
+from megawan.encoders.opening import open_codec
 from megawan.encoders.vae import MEAN, STD, STRIDE, WanVae
 from megawan.rng import generator_at
 
