@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import re
 import sys
 import time
@@ -79,7 +80,8 @@ def _split_at(lines: list[str], start: str) -> tuple[list[str], list[str]]:
 
 
 def run(main: Callable[[Sequence[str]], None], prog: str, rank: int = 0) -> NoReturn:
-    """Call `main(argv)` and exit: 0 when it returns, 2 with one line when it raises UserError, 130 on Ctrl-C.
+    """Call `main(argv)` and exit: 0 when it returns, 2 with one line when it raises UserError, 130 on Ctrl-C,
+    141 when its reader went away.
 
     In a launched world all ranks find the same mistake and rank 0 says it. Another rank waits until the
     launcher ends it; one that is still there after 5 seconds found a mistake of its own, and says it.
@@ -95,4 +97,7 @@ def run(main: Callable[[Sequence[str]], None], prog: str, rank: int = 0) -> NoRe
     except KeyboardInterrupt:
         sys.stderr.write(f"{prog}: interrupted\n")
         sys.exit(130)
+    except BrokenPipeError:  # `... --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the last flush would say it again
+        sys.exit(141)
     sys.exit(0)

@@ -112,3 +112,12 @@ def test_missing_flags_are_named_without_their_help(argv: tuple[str, ...], said:
     with pytest.raises(cli.UserError) as caught:
         cli.parse(Required, argv, prog="x.py", description="d")
     assert str(caught.value) == said
+
+
+def test_a_reader_that_goes_away_ends_a_command_without_traceback() -> None:
+    command = [sys.executable, str(ROOT / "tools/encode_dataset.py"), "--help"]
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert started.stdout is not None
+    started.stdout.close()
+    _, err = started.communicate(timeout=60)
+    assert (started.returncode, err) == (141, b"")
