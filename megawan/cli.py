@@ -2,9 +2,11 @@
 
 import contextlib
 import io
+import itertools
 import os
 import re
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn, TypeVar
@@ -36,8 +38,10 @@ def parse(
     """
     argv = [_rename(word, aliases or {}) for word in argv]
     printed = io.StringIO()
+    # Not a StringIO: tyro draws frames only where the encoding is spelt "utf-8".
+    shown = io.TextIOWrapper(io.BytesIO(), encoding=(sys.stdout.encoding or "utf-8").lower())
     try:
-        with contextlib.redirect_stderr(printed):
+        with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(shown):
             if default is None:
                 return tyro.cli(options, args=argv, prog=prog, description=description, use_underscores=True)
             return tyro.cli(
@@ -45,6 +49,8 @@ def parse(
             )
     except SystemExit as stop:
         if stop.code in (0, None):
+            shown.seek(0)
+            print(_reflow(shown.read()), end="")
             raise
         raise UserError(_one_line(printed.getvalue(), prog)) from None
 
@@ -77,6 +83,27 @@ def _split_at(lines: list[str], start: str) -> tuple[list[str], list[str]]:
     """Return the lines before the first that starts with `start`, and those after it."""
     at = next((index for index, line in enumerate(lines) if line.startswith(start)), len(lines))
     return lines[:at], lines[at + 1 :]
+
+
+def _reflow(text: str) -> str:
+    """Return a help text whose paragraphs fill their lines; tyro also breaks where the source does."""
+    done: list[str] = []
+    for indent, lines in itertools.groupby(text.splitlines(), _help_indent):
+        if indent:
+            rows = list(lines)
+            room = len(rows[0]) - 2  # between the two sides of the frame
+            words = " ".join(line[1:-1].strip() for line in rows)
+            filled = textwrap.wrap(words, room - indent - 1, break_on_hyphens=False)
+            done += [f"│{' ' * indent + line:<{room}}│" for line in filled]
+        else:
+            done += lines
+    return "\n".join(done) + "\n"
+
+
+def _help_indent(line: str) -> int:
+    """Return by how much a line of a flag's help is indented in its frame, or 0 for any other line."""
+    match = re.fullmatch(r"│( {5,})[^- ].*│", line)
+    return len(match[1]) if match else 0
 
 
 def run(main: Callable[[Sequence[str]], None], prog: str, rank: int = 0) -> NoReturn:

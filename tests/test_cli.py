@@ -121,3 +121,28 @@ def test_a_reader_that_goes_away_ends_a_command_without_traceback() -> None:
     started.stdout.close()
     _, err = started.communicate(timeout=60)
     assert (started.returncode, err) == (141, b"")
+
+
+@dataclass(frozen=True)
+class Talkative:
+    """Options whose help takes two lines of the source."""
+
+    path: Path = Path("x")
+    """A first line of the source that fills most of a line of the frame but
+    goes on, in a second one, to the end of the sentence."""
+    other: int = 1
+    """Short."""
+
+
+def test_help_fills_its_lines_wherever_the_source_breaks_them(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.parse(Talkative, ["--help"], prog="x.py", description="d")
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out.splitlines()
+    frame = [line for line in shown if line.startswith(tuple("╭│╰"))]
+    assert len({len(line) for line in frame}) == 1 and len(frame) > 6
+    words = [line.strip("│ ") for line in frame]
+    start = next(place for place, line in enumerate(words) if line.startswith(("A first", "--path")))
+    text = " ".join(words[start : start + 4])
+    assert "of the frame but goes on, in a second one, to the end of the sentence. (default: x)" in text
+    assert not any(line.endswith("but") for line in words)
