@@ -1,9 +1,7 @@
-"""Encode videos and captions into a latent store that training reads; interrupted, it goes on where it
-stopped.
+"""Encode videos and captions into a latent store that training reads; interrupted, it goes on where it stopped.
 
-    python tools/encode_dataset.py --input my_videos --output my_latents --codec wan2.1 --vae Wan2.1_VAE.pth
-    \\
-        --text_encoder google/umt5-xxl --num_frames 81 --height 480 --width 832
+    python tools/encode_dataset.py --input my_videos --output my_latents --codec wan2.1 --vae Wan2.1_VAE.pth \\
+        --text_encoder models_t5_umt5-xxl-enc-bf16.pth --tokenizer google/umt5-xxl
 """
 
 import sys
@@ -14,15 +12,15 @@ from typing import Literal
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root instead of tools/
 
-import torch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import torch
+from tqdm import tqdm
 
-from megawan.cli import UserError, parse, run  # noqa: E402
-from megawan.data.encoding import REJECTED, ClipSize, encode  # noqa: E402
-from megawan.data.manifest import read_manifest  # noqa: E402
-from megawan.encoders.opening import open_codec  # noqa: E402
-from megawan.encoders.text import TextEncoder  # noqa: E402
-from megawan.models.variants import get_variant  # noqa: E402
+from megawan.cli import UserError, parse, run
+from megawan.data.encoding import REJECTED, ClipSize, encode
+from megawan.data.manifest import read_manifest
+from megawan.encoders.opening import open_codec
+from megawan.encoders.text import TextEncoder
+from megawan.models.variants import get_variant
 
 PROG = "tools/encode_dataset.py"
 ALIASES = {"dataset_base_path": "root", "dataset_metadata_path": "input", "output_path": "output"}
