@@ -1,6 +1,6 @@
-"""Encode videos and captions into a latent store that training reads; interrupted, it goes on where it stopped.
+"""Encode videos and captions into a latent store that training reads; interrupted, it goes on from there.
 
-    python tools/encode_dataset.py --input my_videos --output my_latents --codec wan2.1 --vae Wan2.1_VAE.pth \\
+    python tools/encode_dataset.py --input my_videos --output my_latents --vae Wan2.1_VAE.pth \\
         --text_encoder models_t5_umt5-xxl-enc-bf16.pth --tokenizer google/umt5-xxl
 """
 
