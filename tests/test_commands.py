@@ -9,12 +9,17 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from safetensors import safe_open
 
+from megawan.checkpoint import StepWeights
 from megawan.data.video import read_all
 from megawan.engine import extension_folder
+from megawan.models.variants import get_variant
+from megawan.models.wan import WanModel
 from tests.commands import ROOT, Finished, command, rank_process, wait_for
+from tests.models.peers import PeerModel, random_inputs
 
 TRAIN = ROOT / "megawan/train.py"
 LAUNCHER = ("-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port")
@@ -100,6 +105,53 @@ def test_the_export_has_native_keys_and_says_where_it_comes_from(job: Path) -> N
         keys, metadata = set(opened.keys()), opened.metadata()
     assert {"patch_embedding.weight", "blocks.5.self_attn.norm_q.weight", "head.modulation"} <= keys
     assert (metadata["variant"], metadata["step"]) == ("debug", "3")
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One-step runs of both experts of a small A14B, in the folders high and low."""
+    cwd = tmp_path_factory.mktemp("experts")
+    for expert in ("high", "low"):
+        words = ("--variant", f"debug-A14B-{expert}", "--output", expert, "--steps", "1")
+        finished = command(TRAIN, *words, "--learning_rate", "1e-2", cwd=cwd)
+        assert finished.code == 0, finished.err[-3000:]
+        (cwd / f"{expert}.log").write_text(finished.out)
+    return cwd
+
+
+def test_both_experts_of_an_a14b_become_one_model(experts: Path) -> None:
+    pair = ("--input", "high", "--low_noise", "low", "--dtype", "float32")
+    done = tool("export_checkpoint", *pair, "--output", "d", "--layout", "diffusers", cwd=experts)
+    assert done.code == 0, done.err
+    index = json.loads((experts / "d/model_index.json").read_text())
+    assert index["boundary_ratio"] == 0.875 and {"transformer", "transformer_2"} <= index.keys()
+    wan = get_variant("debug-A14B-high").config
+    inputs = random_inputs(wan, batch=1, latent=(2, 4, 6), seed=0)
+    for folder, run in (("transformer", "high"), ("transformer_2", "low")):
+        saved = StepWeights(experts / run / "checkpoints/step_0000001")
+        model = WanModel(wan)
+        model.load_state_dict({key: saved.load(key) for key in saved.keys()})
+        twin = PeerModel.from_pretrained(experts / "d", subfolder=folder)
+        with torch.no_grad():
+            expected = inputs.ours(model)
+            assert expected.abs().max() > 1e-3
+            assert torch.allclose(inputs.theirs(twin), expected, atol=1e-5)
+    native = tool("export_checkpoint", *pair, "--output", "n", cwd=experts)
+    assert native.code == 0, native.err
+    assert {path.name for path in (experts / "n").iterdir()} >= {"high_noise_model", "low_noise_model"}
+
+
+@pytest.mark.parametrize(
+    ("high", "low", "said"),
+    [
+        ("low", "high", "only a high-noise expert"),
+        ("high", "high", "the partner of debug-A14B-high is debug-A14B-low"),
+    ],
+)
+def test_experts_in_the_wrong_places_are_refused(high: str, low: str, said: str, experts: Path) -> None:
+    words = ("--input", high, "--low_noise", low, "--output", f"{high}-{low}")
+    is_one_line(tool("export_checkpoint", *words, cwd=experts), said)
+    assert not (experts / f"{high}-{low}").exists()
 
 
 def test_samples_are_videos_with_a_picture_of_them(job: Path) -> None:

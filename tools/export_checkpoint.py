@@ -21,7 +21,7 @@ from tqdm import tqdm
 from megawan import checkpoint
 from megawan.cli import UserError, parse, run
 from megawan.models.layouts import write_weights, written_bytes
-from megawan.models.variants import get_variant
+from megawan.models.variants import Variant, get_variant
 from megawan.sampling import find_step_folder
 
 PROG = "tools/export_checkpoint.py"
@@ -50,11 +50,10 @@ def main(argv: Sequence[str]) -> None:
     try:
         saved = open_verified(options.input)
         low = None if options.low_noise is None else open_verified(options.low_noise)
-        wan = get_variant(saved.manifest["variant"]).config
-        if low is not None and get_variant(low.manifest["variant"]).config != wan:
-            raise ValueError(
-                f"{low.folder}: {low.manifest['variant']} cannot join {saved.manifest['variant']}"
-            )
+        variant = get_variant(saved.manifest["variant"])
+        wan = variant.config
+        if low is not None:
+            require_pair(variant, get_variant(low.manifest["variant"]), low.folder)
         dtype = torch.bfloat16 if options.dtype == "bfloat16" else torch.float32
         total = written_bytes(saved, dtype) + (written_bytes(low, dtype) if low is not None else 0)
         with tqdm(total=total, unit="B", unit_scale=True, desc="export", disable=None) as bar:
@@ -75,6 +74,17 @@ def main(argv: Sequence[str]) -> None:
         f"exported step {saved.step} of {saved.folder.parent.parent} as {options.layout} {options.dtype}:"
         f" {len(files)} file{'s' if len(files) > 1 else ''}, {size / 1e6:,.1f} MB in {options.output}"
     )
+
+
+def require_pair(high: Variant, low: Variant, folder: Path) -> None:
+    """Raise ValueError unless the two are the high- and the low-noise expert of one A14B."""
+    if high.expert != "high":
+        raise ValueError(
+            f"--low_noise {folder}: --input is {high.name}; only a high-noise expert of an A14B has a partner"
+        )
+    partner = high.name.removesuffix("high") + "low"
+    if low.name != partner:
+        raise ValueError(f"--low_noise {folder}: is {low.name}; the partner of {high.name} is {partner}")
 
 
 def open_verified(path: Path) -> checkpoint.StepWeights:

@@ -157,6 +157,7 @@ _TI2V_5B = WanConfig("ti2v", dim=3072, ffn_dim=14336, num_heads=24, num_layers=3
 _VACE_1_3B = dataclasses.replace(_T2V_1_3B, model_type="vace", vace_layers=tuple(range(0, 30, 2)))
 _VACE_14B = dataclasses.replace(_T2V_14B, model_type="vace", vace_layers=tuple(range(0, 40, 5)))
 _DEBUG = WanConfig(dim=144, ffn_dim=576, freq_dim=64, num_heads=6, num_layers=6, text_dim=64, text_len=32)
+_DEBUG_A14B = dataclasses.replace(_DEBUG, num_layers=3)
 _DEBUG_I2V = dataclasses.replace(_DEBUG, model_type="i2v", in_dim=36, image_dim=CLIP_DIM)
 
 _A14B_T2V_SAMPLING = Sampling(steps=40, shift=12.0, guidance=4.0)
@@ -209,6 +210,8 @@ _ROWS = (
     Variant("vace-1.3B", _VACE_1_3B, "vace", "Wan-AI/Wan2.1-VACE-1.3B", sampling=Sampling(shift=16.0)),
     Variant("vace-14B", _VACE_14B, "vace", "Wan-AI/Wan2.1-VACE-14B", sampling=Sampling(shift=16.0)),
     Variant("debug", _DEBUG, "t2v", ""),
+    Variant("debug-A14B-high", _DEBUG_A14B, "t2v", "", "2.1", "high", 0.875),
+    Variant("debug-A14B-low", _DEBUG_A14B, "t2v", "", "2.1", "low", 0.875),
     Variant("debug-i2v", _DEBUG_I2V, "i2v", ""),
     Variant(
         "debug-flf2v",

@@ -15,6 +15,18 @@ from megawan.models.wan import WanModel
 TINY = WanConfig(dim=48, ffn_dim=96, freq_dim=64, num_heads=2, num_layers=2, text_dim=32)
 
 
+class PeerModel(WanTransformer3DModel):
+    """diffusers' model; its float32 exceptions, off here, need the accelerate package to be read at all."""
+
+    _keep_in_fp32_modules = None
+
+
+class PeerVaceModel(WanVACETransformer3DModel):
+    """As PeerModel, with the VACE branch."""
+
+    _keep_in_fp32_modules = None
+
+
 def random_model(config: WanConfig, seed: int, recompute: str = "none") -> WanModel:
     """Return a float32 model in which every parameter is random, head and norms too, with outputs of order
     3."""

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import WanTransformer3DModel, WanVACETransformer3DModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -22,7 +21,7 @@ from megawan.models.keys import expected_shapes, to_diffusers
 from megawan.models.layouts import open_experts, open_weights, provenance, write_weights, written_bytes
 from megawan.models.variants import WanConfig, get_variant
 from megawan.models.wan import WanModel
-from tests.models.peers import random_inputs, random_model
+from tests.models.peers import PeerModel, PeerVaceModel, random_inputs, random_model
 
 ROOT = Path(__file__).resolve().parents[2]
 replace = dataclasses.replace
@@ -34,18 +33,6 @@ PEERS = {
     "ti2v": replace(SMALL, model_type="ti2v", in_dim=48, out_dim=48),
     "vace": replace(SMALL, model_type="vace", num_layers=4, vace_layers=(0, 2), vace_in_dim=20),
 }
-
-
-class PeerModel(WanTransformer3DModel):
-    """diffusers' model; its float32 exceptions, off here, need the accelerate package to be read at all."""
-
-    _keep_in_fp32_modules = None
-
-
-class PeerVaceModel(WanVACETransformer3DModel):
-    """As PeerModel, with the VACE branch."""
-
-    _keep_in_fp32_modules = None
 
 
 class ModelWeights:
