@@ -5,6 +5,7 @@ Half-precision values are widened where they are used; float64 stays float64, so
 throughout.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -73,22 +74,65 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float, clean: i
     """Return LN(x)·(1 + scale) + shift, float32 arithmetic and result, [B, l, D].
 
     shift and scale: [B, R, D] where R is 1 (one row for all tokens) or 2 (row 0 for the first `clean` tokens,
-    row 1 for the others: TI2V's clean frame and noisy rest). No per-token modulation is ever built.
+    row 1 for the others: TI2V's clean frame and noisy rest). No per-token modulation is ever built, and of
+    the tokens only x and two numbers each are kept for the backward pass.
     """
-    y = F.layer_norm(wide(x), x.shape[-1:], eps=eps)
-    gain = 1 + scale
-    if shift.shape[1] == 1:
-        return torch.addcmul(shift, y, gain)
-    head = torch.addcmul(shift[:, :1], y[:, :clean], gain[:, :1])
-    rest = torch.addcmul(shift[:, 1:], y[:, clean:], gain[:, 1:])
-    return torch.cat((head, rest), dim=1)
+    return _ModulatedNorm.apply(x, shift, scale, eps, clean)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def gated_add(x: Tensor, y: Tensor, gate: Tensor, clean: int) -> Tensor:
     """Return x + y·gate, summed in float32 and rounded once to x's dtype; gate [B, R, D] as in
-    `modulated_norm`."""
-    if gate.shape[1] == 1:
-        return torch.addcmul(wide(x), wide(y), gate).to(x.dtype)
-    head = torch.addcmul(wide(x[:, :clean]), wide(y[:, :clean]), gate[:, :1])
-    rest = torch.addcmul(wide(x[:, clean:]), wide(y[:, clean:]), gate[:, 1:])
-    return torch.cat((head, rest), dim=1).to(x.dtype)
+    `modulated_norm`. Keeps y for the backward pass."""
+    return _GatedAdd.apply(x, y, gate, clean)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _ModulatedNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, eps: float, clean: int) -> Tensor:
+        y, mean, rstd = torch.native_layer_norm(wide(x), x.shape[-1:], None, None, eps)
+        ctx.clean = clean
+        ctx.save_for_backward(x, mean, rstd, scale)
+        return _by_row(lambda tokens, shift, scale: torch.addcmul(shift, tokens, 1 + scale), clean, y, shift, scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        x, mean, rstd, scale = ctx.saved_tensors
+        tokens = wide(x)
+        grad_y = _by_row(lambda tokens, scale: tokens * (1 + scale), ctx.clean, grad, scale)
+        grad_x = torch.ops.aten.native_layer_norm_backward(
+            grad_y, tokens, x.shape[-1:], mean, rstd, None, None, [True, False, False]
+        )[0]
+        grad_scale = _row_sums(grad * ((tokens - mean) * rstd), scale, ctx.clean)
+        return grad_x.to(x.dtype), _row_sums(grad, scale, ctx.clean), grad_scale, None, None
+
+
+class _GatedAdd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, gate: Tensor, clean: int) -> Tensor:
+        ctx.clean = clean
+        ctx.save_for_backward(y, gate)
+        gated = _by_row(lambda tokens, gate: tokens * gate, clean, wide(y), gate)
+        return (wide(x) + gated).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        y, gate = ctx.saved_tensors
+        tokens = wide(grad)
+        grad_y = _by_row(lambda tokens, gate: tokens * gate, ctx.clean, tokens, gate).to(y.dtype)
+        return grad, grad_y, _row_sums(tokens * wide(y), gate, ctx.clean), None
+
+
+def _by_row(f: Callable[..., Tensor], clean: int, tokens: Tensor, *rows: Tensor) -> Tensor:
+    """Return f(tokens, *rows) where every token meets its row: the first `clean` row 0, the others row 1."""
+    if rows[0].shape[1] == 1:
+        return f(tokens, *rows)
+    head = f(tokens[:, :clean], *(row[:, :1] for row in rows))
+    rest = f(tokens[:, clean:], *(row[:, 1:] for row in rows))
+    return torch.cat((head, rest), dim=1)
+
+
+def _row_sums(x: Tensor, like: Tensor, clean: int) -> Tensor:
+    """Return the sums over the tokens of each row, [B, R, D] as `like`."""
+    if like.shape[1] == 1:
+        return x.sum(1, keepdim=True)
+    return torch.stack((x[:, :clean].sum(1), x[:, clean:].sum(1)), dim=1)

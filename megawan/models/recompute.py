@@ -1,40 +1,220 @@
-"""What the backward pass recomputes instead of keeping: a policy per block, chosen by name."""
+"""What the backward pass recomputes instead of keeping: a policy for each block, chosen by name.
 
+A block passes each product that a policy may keep through a `Keep`. The first forward pass leaves there what
+the policy keeps; the recomputation finds it and runs only what lies between. Nothing in a block draws random
+numbers, so there is no generator state to keep.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-LEGAL = "none, full, full:K (recompute the first K blocks)"
+from megawan.parallel.context import ContextParallel
+from megawan.parallel.kept import kept_attention
+
+POLICIES = ("none", "selective", "attention", "full")
+"""From the one that keeps most to the one that recomputes most."""
+LEGAL = (
+    "none, or selective, attention or full for all blocks, or with :K for the first K, joined by commas"
+    " (attention:24,selective: the first 24 blocks attention, the others selective)"
+)
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Keep:
+    """Policies none and full: no product of the block is singled out."""
+
+    def linear(self, module: nn.Module, x: Tensor, sent: bool = False) -> Tensor:
+        """Return module(x), [..., out_features]; sent: only other ranks read its values."""
+        return module(x)  # type: ignore[no-any-return]
+
+    def self_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, kernel: Attention, context: ContextParallel, length: int
+    ) -> Tensor:
+        """Return context.attend(...), [B, l, N, K]."""
+        return context.attend(q, k, v, kernel, length)
+
+    def cross_attention(self, q: Tensor, k: Tensor, v: Tensor, kernel: Attention) -> Tensor:
+        """Return kernel(q, k, v), [B, l, N, K]."""
+        return kernel(q, k, v)
+
+
+class KeepAttention(Keep):
+    """Policy attention: the result of self-attention is kept."""
+
+    exchanged = False
+
+    def __init__(self, offload: bool) -> None:
+        self.offload = offload
+        self.slots: list[Slot] = []
+        self.used = 0
+
+    @contextlib.contextmanager
+    def passing(self) -> Iterator[None]:
+        """A forward pass: the first fills the slots in order, each later one reads them in that order."""
+        self.used = 0
+        yield
+
+    def slot(self) -> Slot:
+        """Return the slot of the next product."""
+        if self.used == len(self.slots):
+            self.slots.append(Slot(self.exchanged, self.offload))
+        self.used += 1
+        return self.slots[self.used - 1]
+
+    def self_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, kernel: Attention, context: ContextParallel, length: int
+    ) -> Tensor:
+        """Return context.attend(...), its kernel and communication run once."""
+        return context.attend(q, k, v, kernel, length, self.slot())
+
+
+class KeepProducts(KeepAttention):
+    """Policy selective: the results of linear layers and attentions are kept, and what self-attention was
+    sent."""
+
+    exchanged = True
+
+    def linear(self, module: nn.Module, x: Tensor, sent: bool = False) -> Tensor:
+        """Return module(x), multiplied once; in a recomputation what was sent is a placeholder."""
+        return _KeptLinear.apply(x, module.weight, module.bias, self.slot(), sent)  # type: ignore[no-any-return,no-untyped-call]
+
+    def cross_attention(self, q: Tensor, k: Tensor, v: Tensor, kernel: Attention) -> Tensor:
+        """Return kernel(q, k, v), computed once."""
+        return kept_attention(q, k, v, kernel, self.slot())
+
+
+class Slot:
+    """One product of a block between its forward pass and its recomputation (a `parallel.kernel.Kept`)."""
+
+    def __init__(self, exchanged: bool, offload: bool) -> None:
+        self.exchanged = exchanged
+        self.offload = offload
+        self.held: tuple[Any, ...] | None = None
+
+    def read(self) -> tuple[Tensor, ...] | None:
+        """Return what was written, None before that."""
+        if self.held is None or not self.offload:
+            return self.held
+        return tuple(fetch(x) for x in self.held)
+
+    def write(self, *tensors: Tensor) -> None:
+        """Keep the tensors, in CPU memory if the activations are offloaded."""
+        self.held = tuple(park(x) for x in tensors) if self.offload else tensors
+
+
+class _KeptLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, slot: Slot, sent: bool) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        found = slot.read()
+        if found is None:
+            y = F.linear(x, weight, bias)
+            slot.write(*(() if sent else (y.detach(),)))
+            return y
+        return found[0].detach() if found else x.new_zeros(()).expand(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
+        x, weight = ctx.saved_tensors
+        rows = dy.reshape(-1, dy.shape[-1])
+        dx = dy @ weight if ctx.needs_input_grad[0] else None
+        return dx, rows.t() @ x.reshape(-1, x.shape[-1]), rows.sum(0), None, None
+
+
+def park(x: Tensor) -> tuple[Tensor, torch.device]:
+    """Return a copy of x in CPU memory and the device that `fetch` takes it back to.
+
+    On a GPU the copy is queued behind the kernel that computes x, into pinned memory; nothing waits.
+    """
+    held = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=x.is_cuda)
+    return held.copy_(x, non_blocking=True), x.device
+
+
+def fetch(parked: tuple[Tensor, torch.device]) -> Tensor:
+    """Return what was parked, on its device."""
+    held, device = parked
+    return held.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
 class Recompute:
-    """`policy` is applied to the first `blocks` blocks, the others keep everything."""
+    """A policy for each block, and whether what recomputed blocks keep waits in CPU memory."""
 
-    policy: Literal["none", "full"]
-    blocks: int
+    policies: tuple[str, ...]
+    offload: bool = False
 
-    def run(self, index: int, block: nn.Module, *inputs: object) -> Tensor:
-        """Return block(*inputs), keeping for the backward pass what the policy keeps of block `index`."""
-        if index >= self.blocks or self.policy == "none":
-            return block(*inputs)  # type: ignore[no-any-return]
-        # The block is called as a module so that ZeRO-3's hooks gather its weights in the recomputation too;
-        # nothing in it draws random numbers, so there is no generator state to keep.
-        kept: Tensor = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
-        return kept
+    @property
+    def needs_lse(self) -> bool:
+        """Whether the attention kernel must give its log-sum-exp."""
+        return any(policy in ("selective", "attention") for policy in self.policies)
+
+    def run(self, index: int, block: nn.Module, x: Tensor, *inputs: object) -> Any:
+        """Return block(x, *inputs, keep), keeping for the backward pass what the policy keeps of block
+        `index`."""
+        policy = self.policies[index]
+        if policy == "none" or not torch.is_grad_enabled():
+            return block(x, *inputs, Keep())
+        keep = Keep()
+        passing: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+        if policy != "full":
+            keep = KeepAttention(self.offload) if policy == "attention" else KeepProducts(self.offload)
+            passing = keep.passing
+        outside = _parked(x) if self.offload else contextlib.nullcontext()
+        with outside:
+            # The block is called as a module so that ZeRO-3's hooks gather its weights in the recomputation
+            # too.
+            return checkpoint(
+                block,
+                x,
+                *inputs,
+                keep,
+                use_reentrant=False,
+                preserve_rng_state=False,
+                context_fn=lambda: (passing(), passing()),
+            )
 
 
-def parse_recompute(text: str, num_layers: int) -> Recompute:
-    """Return the policy that `text` names for `num_layers` blocks; else ValueError with the legal forms."""
-    policy, colon, count = text.partition(":")
-    if text == "none":
-        return Recompute("none", 0)
-    if policy == "full" and not colon:
-        return Recompute("full", num_layers)
-    if policy == "full" and count.isdecimal() and int(count) <= num_layers:
-        return Recompute("full", int(count))
-    raise ValueError(
-        f"recompute {text!r} is not legal for {num_layers} blocks; legal: {LEGAL}, K from 0 to {num_layers}"
-    )
+def _parked(x: Tensor) -> contextlib.AbstractContextManager[None]:
+    """While it is entered, autograd keeps x in CPU memory and everything else where it is."""
+
+    def pack(saved: Tensor) -> Tensor | tuple[Tensor, torch.device]:
+        is_x = saved.data_ptr() == x.data_ptr() and saved.shape == x.shape
+        return park(saved) if is_x else saved
+
+    def unpack(packed: Tensor | tuple[Tensor, torch.device]) -> Tensor:
+        return packed if isinstance(packed, Tensor) else fetch(packed)
+
+    return saved_tensors_hooks(pack, unpack)
+
+
+def parse_recompute(text: str, num_layers: int, offload: bool = False) -> Recompute:
+    """Return the policies that `text` names for `num_layers` blocks; else ValueError with the legal forms."""
+    policies: list[str] = []
+    for place, part in enumerate(parts := text.split(",")):
+        policy, colon, count = part.partition(":")
+        rest = num_layers - len(policies)
+        whole = not colon and place == len(parts) - 1
+        if policy not in POLICIES or not (whole or (count.isdecimal() and int(count) <= rest)):
+            raise ValueError(
+                f"recompute {text!r} is not legal for {num_layers} blocks; legal: {LEGAL}, from 0 to"
+                f" {num_layers} blocks together"
+            )
+        policies += [policy] * (rest if whole else int(count))
+    policies += ["none"] * (num_layers - len(policies))
+    if offload and set(policies) == {"none"}:
+        raise ValueError(
+            f"recompute {text!r} keeps everything on the device; offloading what is kept needs selective,"
+            " attention or full"
+        )
+    return Recompute(tuple(policies), offload)

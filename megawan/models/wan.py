@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from megawan.models.attention import select_attention
 from megawan.models.precision import LayerNorm, RMSNorm, WideLinear, gated_add, modulated_norm, wide
-from megawan.models.recompute import parse_recompute
+from megawan.models.recompute import Keep, parse_recompute
 from megawan.models.rope import RopeTables, rotate
 from megawan.models.variants import WanConfig
 from megawan.parallel.context import ContextParallel
@@ -78,6 +78,11 @@ class TokenLayout:
     context: ContextParallel
     kernel: Attention
 
+    @property
+    def sent(self) -> bool:
+        """Whether self-attention sends its q, k and v to other ranks, for their heads."""
+        return self.context.ulysses_size > 1
+
 
 class PatchEmbedding(nn.Module):
     """A linear map from a token's latent numbers to the width: the checkpoint's Conv3d, kernel = stride."""
@@ -114,7 +119,10 @@ class ImageEmbedding(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Rotary attention over the whole sequence; q and k are normalised over all heads together."""
+    """Rotary attention over the whole sequence; q and k are normalised over all heads together.
+
+    The attention itself runs between `project` and the output projection `o`: see `WanBlock`.
+    """
 
     def __init__(self, dim: int, heads: int, eps: float) -> None:
         super().__init__()
@@ -126,13 +134,14 @@ class SelfAttention(nn.Module):
         self.norm_q = RMSNorm(dim, eps)
         self.norm_k = RMSNorm(dim, eps)
 
-    def forward(self, x: Tensor, tokens: TokenLayout) -> Tensor:
-        """Return [B, l, D]."""
-        q = rotate(self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1)), *tokens.rope)
-        k = rotate(self.norm_k(self.k(x)).unflatten(-1, (self.heads, -1)), *tokens.rope)
-        v = self.v(x).unflatten(-1, (self.heads, -1))
-        out = tokens.context.attend(q, k, v, tokens.kernel, tokens.length)
-        return self.o(out.flatten(2))  # type: ignore[no-any-return]
+    def project(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], sent: bool, keep: Keep
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q, k and v, each [B, l, N, K], from x [B, l, D]; sent: Ulysses will send them away."""
+        q = rotate(self.norm_q(keep.linear(self.q, x)).unflatten(-1, (self.heads, -1)), *rope)
+        k = rotate(self.norm_k(keep.linear(self.k, x)).unflatten(-1, (self.heads, -1)), *rope)
+        v = keep.linear(self.v, x, sent).unflatten(-1, (self.heads, -1))
+        return q, k, v
 
 
 class CrossAttention(nn.Module):
@@ -155,21 +164,26 @@ class CrossAttention(nn.Module):
             self.v_img = nn.Linear(dim, dim)
             self.norm_k_img = RMSNorm(dim, eps)
 
-    def forward(self, x: Tensor, text: Tensor, image: Tensor | None, kernel: Attention) -> Tensor:
+    def forward(self, x: Tensor, text: Tensor, image: Tensor | None, kernel: Attention, keep: Keep) -> Tensor:
         """Return [B, l, D] from x [B, l, D], text [B, S, D] and image [B, rows, D] or None."""
         split = (self.heads, -1)
-        q = self.norm_q(self.q(x)).unflatten(-1, split)
-        out = kernel(q, self.norm_k(self.k(text)).unflatten(-1, split), self.v(text).unflatten(-1, split))
+        q = self.norm_q(keep.linear(self.q, x)).unflatten(-1, split)
+        k = self.norm_k(keep.linear(self.k, text)).unflatten(-1, split)
+        out = keep.cross_attention(q, k, keep.linear(self.v, text).unflatten(-1, split), kernel)
         if image is not None:
-            k_image = self.norm_k_img(self.k_img(image)).unflatten(-1, split)
-            out = out + kernel(q, k_image, self.v_img(image).unflatten(-1, split))
-        return self.o(out.flatten(2))  # type: ignore[no-any-return]
+            k = self.norm_k_img(keep.linear(self.k_img, image)).unflatten(-1, split)
+            v = keep.linear(self.v_img, image).unflatten(-1, split)
+            out = out + keep.cross_attention(q, k, v, kernel)
+        return keep.linear(self.o, out.flatten(2))
 
 
 class WanBlock(nn.Module):
-    """Self-attention, cross-attention, feed-forward; the time shifts, scales and gates the first and last."""
+    """Self-attention, cross-attention, feed-forward; the time shifts, scales and gates the first and last.
 
-    def __init__(self, config: WanConfig) -> None:
+    compiled: torch.compile the two halves around the self-attention, whose communication stays outside.
+    """
+
+    def __init__(self, config: WanConfig, compiled: bool = False) -> None:
         super().__init__()
         self.eps = config.eps
         self.self_attn = SelfAttention(config.dim, config.num_heads, config.eps)
@@ -183,36 +197,77 @@ class WanBlock(nn.Module):
             nn.Linear(config.ffn_dim, config.dim),
         )
         self.modulation = nn.Parameter(torch.empty(1, 6, config.dim))
+        # DeepSpeed's hooks sit on the module's call, outside both halves.
+        self._first = torch.compile(self.before_attention) if compiled else self.before_attention
+        self._second = torch.compile(self.after_attention) if compiled else self.after_attention
 
     def forward(
-        self, x: Tensor, text: Tensor, image: Tensor | None, e0: Tensor, tokens: TokenLayout
+        self, x: Tensor, text: Tensor, image: Tensor | None, e0: Tensor, tokens: TokenLayout, keep: Keep
     ) -> Tensor:
         """Return [B, l, D] from x [B, l, D]; e0 [B, R, 6, D] is the projected time."""
-        dtype, clean = text.dtype, tokens.clean
-        shift1, scale1, gate1, shift2, scale2, gate2 = (wide(self.modulation) + e0).unbind(2)
-        y = self.self_attn(modulated_norm(x, shift1, scale1, self.eps, clean).to(dtype), tokens)
-        x = gated_add(x, y, gate1, clean)
-        x = x + self.cross_attn(self.norm3(x), text, image, tokens.kernel)
-        y = self.ffn(modulated_norm(x, shift2, scale2, self.eps, clean).to(dtype))
+        q, k, v = self._first(x, text.dtype, e0, tokens.clean, tokens.rope, tokens.sent, keep)
+        out = keep.self_attention(q, k, v, tokens.kernel, tokens.context, tokens.length)
+        return self._second(x, out, text, image, e0, tokens.clean, tokens.kernel, keep)
+
+    def before_attention(
+        self,
+        x: Tensor,
+        dtype: torch.dtype,
+        e0: Tensor,
+        clean: int,
+        rope: tuple[Tensor, Tensor],
+        sent: bool,
+        keep: Keep,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return self-attention's q, k, v [B, l, N, K]."""
+        shift, scale = (wide(self.modulation) + e0)[:, :, :2].unbind(2)
+        y = modulated_norm(x, shift, scale, self.eps, clean).to(dtype)
+        return self.self_attn.project(y, rope, sent, keep)
+
+    def after_attention(
+        self,
+        x: Tensor,
+        out: Tensor,
+        text: Tensor,
+        image: Tensor | None,
+        e0: Tensor,
+        clean: int,
+        kernel: Attention,
+        keep: Keep,
+    ) -> Tensor:
+        """Return the block's output from its input x [B, l, D] and self-attention's out [B, l, N, K]."""
+        gate1, shift2, scale2, gate2 = (wide(self.modulation) + e0)[:, :, 2:].unbind(2)
+        x = gated_add(x, keep.linear(self.self_attn.o, out.flatten(2)), gate1, clean)
+        x = x + self.cross_attn(self.norm3(x), text, image, kernel, keep)
+        y = modulated_norm(x, shift2, scale2, self.eps, clean).to(text.dtype)
+        widen, activation, narrow = self.ffn
+        y = keep.linear(narrow, activation(keep.linear(widen, y)))
         return gated_add(x, y, gate2, clean)
 
 
 class VaceBlock(WanBlock):
     """A block of VACE's side branch; its hint is added to the main stream."""
 
-    def __init__(self, config: WanConfig, first: bool) -> None:
-        super().__init__(config)
+    def __init__(self, config: WanConfig, first: bool, compiled: bool = False) -> None:
+        super().__init__(config, compiled)
         self.before_proj = nn.Linear(config.dim, config.dim) if first else None
         self.after_proj = nn.Linear(config.dim, config.dim)
 
     def forward(  # type: ignore[override]
-        self, c: Tensor, x: Tensor, text: Tensor, image: Tensor | None, e0: Tensor, tokens: TokenLayout
+        self,
+        c: Tensor,
+        x: Tensor,
+        text: Tensor,
+        image: Tensor | None,
+        e0: Tensor,
+        tokens: TokenLayout,
+        keep: Keep,
     ) -> tuple[Tensor, Tensor]:
         """Return (hint, c), each [B, l, D]; only the first block reads x, the embedded main stream."""
         if self.before_proj is not None:
-            c = self.before_proj(c) + x
-        c = super().forward(c, text, image, e0, tokens)
-        return self.after_proj(c.to(text.dtype)), c
+            c = keep.linear(self.before_proj, c) + x
+        c = super().forward(c, text, image, e0, tokens, keep)
+        return keep.linear(self.after_proj, c.to(text.dtype)), c
 
 
 LEAF_MODULES = (WanBlock, VaceBlock)
@@ -238,6 +293,8 @@ class WanModel(nn.Module):
 
     attention: a kernel(q, k, v) on [B, L, N, K]; None chooses the fastest for the device on first use.
     recompute: what the backward pass recomputes, see `recompute.parse_recompute`.
+    offload: hold what the recomputed blocks keep in CPU memory.
+    compiled: torch.compile each block's two halves.
     wide_residual: keep the residual stream in float32 under bfloat16 weights, as Wan's own inference code
     does; by default it has the weights' dtype (each addition is still summed in float32), which halves its
     memory.
@@ -249,12 +306,14 @@ class WanModel(nn.Module):
         *,
         attention: Attention | None = None,
         recompute: str = "none",
+        offload: bool = False,
+        compiled: bool = False,
         wide_residual: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
         self.attention = attention
-        self.recompute = parse_recompute(recompute, config.num_layers)
+        self.recompute = parse_recompute(recompute, config.num_layers, offload)
         self.wide_residual = wide_residual
         self.rope = RopeTables(config.head_dim)
         self._best: dict[tuple[str, torch.dtype], Attention] = {}
@@ -265,14 +324,14 @@ class WanModel(nn.Module):
         )
         self.time_embedding = nn.Sequential(WideLinear(config.freq_dim, dim), nn.SiLU(), WideLinear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), WideLinear(dim, 6 * dim))
-        self.blocks = nn.ModuleList(WanBlock(config) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(WanBlock(config, compiled) for _ in range(config.num_layers))
         self.head = Head(config)
         if config.image_dim is not None:
             self.img_emb = ImageEmbedding(config.image_dim, dim, config.pos_embed_seq_len)
         if config.vace_layers:
             self.vace_patch_embedding = PatchEmbedding(config.vace_in_dim, dim, config.patch_size)
             self.vace_blocks = nn.ModuleList(
-                VaceBlock(config, first=i == 0) for i in range(len(config.vace_layers))
+                VaceBlock(config, i == 0, compiled) for i in range(len(config.vace_layers))
             )
 
     def forward(

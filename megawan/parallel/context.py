@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megawan.parallel.collectives import all_gather, pad, shard
-from megawan.parallel.kernel import AttentionKernel
+from megawan.parallel.kept import Spread, kept_attention
+from megawan.parallel.kernel import AttentionKernel, Kept
 from megawan.parallel.ring import ring_attention
 from megawan.parallel.topology import Topology
 from megawan.parallel.ulysses import heads_for_tokens, tokens_for_heads
@@ -95,17 +96,18 @@ class ContextParallel:
         rows = all_gather(x.movedim(dim, 0), self._cp_group)
         return rows.flatten(0, 1)[:length].movedim(0, dim).contiguous()
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, kernel: Attention, length: int) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, kernel: Attention, length: int, kept: Kept | None = None
+    ) -> Tensor:
         """Return attention of this rank's tokens to all `length` tokens, [B, l, N, K] as q, k and v.
 
-        Padded rows of the output are 0. kernel: attention on whole sequences; with ring_size > 1 an
-        AttentionKernel, else ValueError. Raises ValueError when the heads do not divide by ulysses_size or
-        the tensors are not local_length(length) long.
+        Padded rows of the output are 0. kernel: attention on whole sequences; with ring_size > 1 or `kept` an
+        AttentionKernel, else ValueError. kept: where a forward pass that will be recomputed leaves its
+        result, see `parallel.kept`. Raises ValueError when the heads do not divide by ulysses_size or the
+        tensors are not local_length(length) long.
         """
         for x in (q, k, v):
             self._require_local(x, length, 1)
-        if self._cp_group is None:
-            return kernel(q, k, v)
         if q.shape[2] % self.ulysses_size:
             raise ValueError(f"{q.shape[2]} heads do not divide by ulysses_size {self.ulysses_size}")
         if self.ring_size > 1 and not isinstance(kernel, AttentionKernel):
@@ -113,19 +115,23 @@ class ContextParallel:
                 f"ring_size {self.ring_size} needs an attention kernel with forward_lse and backward"
                 f" (an AttentionKernel), not {kernel!r}"
             )
+        held = q.shape[1] * self.ulysses_size
+        lengths = tuple(min(max(length - block * held, 0), held) for block in range(self.ring_size))
+        if kept is not None:
+            spread = Spread(self._ulysses_group, self._ring_group, lengths, self.rank // self.ulysses_size)
+            return kept_attention(q, k, v, kernel, kept, spread)
+        if self._cp_group is None:
+            return kernel(q, k, v)
         if self._ulysses_group is not None:
-            q, k, v = heads_for_tokens(q, k, v, self._ulysses_group)
-        held = q.shape[1]
-        lengths = [min(max(length - block * held, 0), held) for block in range(self.ring_size)]
-        ring_rank = self.rank // self.ulysses_size
-        q, k, v = (x[:, : lengths[ring_rank]] for x in (q, k, v))
+            q, k, v = heads_for_tokens(self._ulysses_group, q, k, v)
+        q, k, v = (x[:, : lengths[self.rank // self.ulysses_size]] for x in (q, k, v))
         if self._ring_group is None:
             out = kernel(q, k, v)
         else:
             assert isinstance(kernel, AttentionKernel)
             out = ring_attention(q, k, v, kernel, self._ring_group, lengths)
         out = pad(out, 1, held)
-        return out if self._ulysses_group is None else tokens_for_heads(out, self._ulysses_group)
+        return out if self._ulysses_group is None else tokens_for_heads(self._ulysses_group, out)[0]
 
     def _require_local(self, x: Tensor, length: int, dim: int) -> None:
         if x.shape[dim] != self.local_length(length):

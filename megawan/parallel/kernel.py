@@ -26,3 +26,18 @@ class AttentionKernel(Protocol):
         gradient of the whole attention.
         """
         ...
+
+
+class Kept(Protocol):
+    """Where a forward pass that will be recomputed leaves the result of one attention."""
+
+    exchanged: bool
+    """Keep q, k and v too where they came from other ranks, so that the backward pass need not ask again."""
+
+    def read(self) -> tuple[Tensor, ...] | None:
+        """Return what was written, None before that."""
+        ...
+
+    def write(self, *tensors: Tensor) -> None:
+        """Keep the tensors, which carry no gradient."""
+        ...

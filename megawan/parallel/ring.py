@@ -55,6 +55,74 @@ def _weight(part: Tensor, total: Tensor) -> Tensor:
     return (part - total).exp().transpose(1, 2).unsqueeze(-1)
 
 
+def ring_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kernel: AttentionKernel,
+    group: dist.ProcessGroup,
+    lengths: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """Return (out [B, l, N, K] as q, lse [B, N, l] in float32 or wider), outside autograd."""
+    rank, size = group.rank(), group.size()
+    wide = torch.promote_types(q.dtype, torch.float32)
+    out, lse = torch.zeros_like(q, dtype=wide), None
+    block = torch.stack((k, v))
+    for step in range(size):
+        arriving = None
+        if step + 1 < size:
+            arriving = _Exchange(block, lengths[(rank - step - 1) % size], group, VALUES)
+        if lengths[rank] and lengths[(rank - step) % size]:
+            part, part_lse = kernel.forward_lse(q, block[0], block[1])
+            if lse is None:
+                out, lse = part.to(wide), part_lse.to(wide)
+            else:
+                out, lse = merge(out, lse, part, part_lse.to(wide))
+        if arriving is not None:
+            block = arriving.wait()
+    if lse is None:  # no query here
+        lse = q.new_zeros((q.shape[0], q.shape[2], 0), dtype=wide)
+    return out.to(q.dtype), lse.contiguous()
+
+
+def ring_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    kernel: AttentionKernel,
+    group: dist.ProcessGroup,
+    lengths: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (dq, dk, dv) of this rank's q, k and v, from `ring_forward`'s out and lse."""
+    rank, size = group.rank(), group.size()
+    wide = torch.promote_types(q.dtype, torch.float32)
+    dq = torch.zeros_like(q, dtype=wide)
+    dout, block = dout.contiguous(), torch.stack((k, v))
+    travelling: _Exchange | None = None
+    for step in range(size):
+        arriving = None
+        if step + 1 < size:
+            arriving = _Exchange(block, lengths[(rank - step - 1) % size], group, VALUES)
+        if lengths[rank] and lengths[(rank - step) % size]:
+            dq_part, dk_part, dv_part = kernel.backward(dout, q, block[0], block[1], out, lse)
+            dq += dq_part
+            dblock = torch.stack((dk_part, dv_part)).to(wide)
+        else:
+            dblock = torch.zeros_like(block, dtype=wide)
+        if travelling is not None:  # what the ranks before this one found for the same block
+            dblock += travelling.wait()
+        # The gradient of a block goes one step further than the block: after `size` steps it is at home.
+        travelling = _Exchange(dblock, lengths[(rank - step - 1) % size], group, GRADIENTS)
+        if arriving is not None:
+            block = arriving.wait()
+    assert travelling is not None
+    dk, dv = travelling.wait().to(k.dtype)
+    return dq.to(q.dtype), dk, dv
+
+
 class _RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -66,58 +134,16 @@ class _RingAttention(torch.autograd.Function):
         group: dist.ProcessGroup,
         lengths: tuple[int, ...],
     ) -> Tensor:
-        rank, size = group.rank(), group.size()
-        wide = torch.promote_types(q.dtype, torch.float32)
-        out, lse = torch.zeros_like(q, dtype=wide), None
-        block = torch.stack((k, v))
-        for step in range(size):
-            arriving = None
-            if step + 1 < size:
-                arriving = _Exchange(block, lengths[(rank - step - 1) % size], group, VALUES)
-            if lengths[rank] and lengths[(rank - step) % size]:
-                part, part_lse = kernel.forward_lse(q, block[0], block[1])
-                if lse is None:
-                    out, lse = part.to(wide), part_lse.to(wide)
-                else:
-                    out, lse = merge(out, lse, part, part_lse.to(wide))
-            if arriving is not None:
-                block = arriving.wait()
-        if lse is None:  # no query here
-            lse = q.new_zeros((q.shape[0], q.shape[2], 0), dtype=wide)
-        result = out.to(q.dtype)
+        out, lse = ring_forward(q, k, v, kernel, group, lengths)
         ctx.kernel, ctx.group, ctx.lengths = kernel, group, lengths
-        ctx.save_for_backward(q, k, v, result, lse.contiguous())
-        return result
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
-        q, k, v, out, lse = ctx.saved_tensors
-        group, lengths = ctx.group, ctx.lengths
-        rank, size = group.rank(), group.size()
-        wide = torch.promote_types(q.dtype, torch.float32)
-        dq = torch.zeros_like(q, dtype=wide)
-        dout, block = dout.contiguous(), torch.stack((k, v))
-        travelling: _Exchange | None = None
-        for step in range(size):
-            arriving = None
-            if step + 1 < size:
-                arriving = _Exchange(block, lengths[(rank - step - 1) % size], group, VALUES)
-            if lengths[rank] and lengths[(rank - step) % size]:
-                dq_part, dk_part, dv_part = ctx.kernel.backward(dout, q, block[0], block[1], out, lse)
-                dq += dq_part
-                dblock = torch.stack((dk_part, dv_part)).to(wide)
-            else:
-                dblock = torch.zeros_like(block, dtype=wide)
-            if travelling is not None:  # what the ranks before this one found for the same block
-                dblock += travelling.wait()
-            # The gradient of a block goes one step further than the block: after `size` steps it is at home.
-            travelling = _Exchange(dblock, lengths[(rank - step - 1) % size], group, GRADIENTS)
-            if arriving is not None:
-                block = arriving.wait()
-        assert travelling is not None
-        dk, dv = travelling.wait().to(k.dtype)
-        return dq.to(q.dtype), dk, dv, None, None, None
+        grads = ring_backward(dout, *ctx.saved_tensors, ctx.kernel, ctx.group, ctx.lengths)
+        return *grads, None, None, None
 
 
 class _Exchange:

@@ -13,17 +13,18 @@ from torch import Tensor
 from megawan.parallel.collectives import all_to_all
 
 
-def heads_for_tokens(
-    q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return q, k, v [B, P·l, n, K]: all ranks' tokens, this rank's heads, from [B, l, N, K]."""
-    by_rank = [rearrange(x, "b l (p n) k -> p b l n k", p=group.size()) for x in (q, k, v)]
+def heads_for_tokens(group: dist.ProcessGroup, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return the tensors [B, P·l, n, K], all ranks' tokens and this rank's heads, from [B, l, N, K].
+
+    One all-to-all carries them all; they share shape and dtype.
+    """
+    by_rank = [rearrange(x, "b l (p n) k -> p b l n k", p=group.size()) for x in tensors]
     received = all_to_all(torch.stack(by_rank, dim=1), group)
-    q, k, v = rearrange(received, "p three b l n k -> three b (p l) n k")
-    return q, k, v
+    return tuple(rearrange(received, "p many b l n k -> many b (p l) n k"))
 
 
-def tokens_for_heads(out: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Return [B, l, N, K], this rank's tokens with all heads, from out [B, P·l, n, K]."""
-    received = all_to_all(rearrange(out, "b (p l) n k -> p b l n k", p=group.size()), group)
-    return rearrange(received, "p b l n k -> b l (p n) k")
+def tokens_for_heads(group: dist.ProcessGroup, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return the tensors [B, l, N, K], this rank's tokens with all heads, from [B, P·l, n, K]."""
+    by_rank = [rearrange(x, "b (p l) n k -> p b l n k", p=group.size()) for x in tensors]
+    received = all_to_all(torch.stack(by_rank, dim=1), group)
+    return tuple(rearrange(received, "p many b l n k -> many b l (p n) k"))
