@@ -67,7 +67,28 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x / sqrt(mean(x^2) + eps) · weight in x's dtype."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        if x.is_cuda:  # one fused kernel each way, which keeps x and a number a token
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _RMSNorm(torch.autograd.Function):
+    """What torch does on CPUs too, without the two float32 copies of x that it keeps there."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        y, rstd = torch.ops.aten._fused_rms_norm(x, weight.shape, weight, eps)
+        ctx.save_for_backward(x, rstd, weight)
+        return y  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, rstd, weight = ctx.saved_tensors
+        y, grad = wide(x) * rstd, wide(grad)
+        grad_y = grad * wide(weight)
+        grad_x = (grad_y - y * (grad_y * y).mean(-1, keepdim=True)) * rstd
+        grad_weight = (grad * y).flatten(0, -2).sum(0)
+        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float, clean: int) -> Tensor:
@@ -92,7 +113,9 @@ class _ModulatedNorm(torch.autograd.Function):
         y, mean, rstd = torch.native_layer_norm(wide(x), x.shape[-1:], None, None, eps)
         ctx.clean = clean
         ctx.save_for_backward(x, mean, rstd, scale)
-        return _by_row(lambda tokens, shift, scale: torch.addcmul(shift, tokens, 1 + scale), clean, y, shift, scale)
+        return _by_row(
+            lambda tokens, shift, scale: torch.addcmul(shift, tokens, 1 + scale), clean, y, shift, scale
+        )
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:

@@ -85,10 +85,14 @@ class KeepProducts(KeepAttention):
 
     exchanged = True
 
+    # A compiled graph that multiplies saves other tensors than one that finds the product, and a
+    # recomputation must save what the first pass saved. So the compiler gets what lies between products.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def linear(self, module: nn.Module, x: Tensor, sent: bool = False) -> Tensor:
         """Return module(x), multiplied once; in a recomputation what was sent is a placeholder."""
         return _KeptLinear.apply(x, module.weight, module.bias, self.slot(), sent)  # type: ignore[no-any-return,no-untyped-call]
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def cross_attention(self, q: Tensor, k: Tensor, v: Tensor, kernel: Attention) -> Tensor:
         """Return kernel(q, k, v), computed once."""
         return kept_attention(q, k, v, kernel, self.slot())

@@ -118,6 +118,11 @@ class ImageEmbedding(nn.Module):
         return self.proj(clip)  # type: ignore[no-any-return]
 
 
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """Return [B, l, N, K] from x [B, l, N·K]."""
+    return rearrange(x, "b l (n k) -> b l n k", n=heads)
+
+
 class SelfAttention(nn.Module):
     """Rotary attention over the whole sequence; q and k are normalised over all heads together.
 
@@ -138,10 +143,9 @@ class SelfAttention(nn.Module):
         self, x: Tensor, rope: tuple[Tensor, Tensor], sent: bool, keep: Keep
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return q, k and v, each [B, l, N, K], from x [B, l, D]; sent: Ulysses will send them away."""
-        q = rotate(self.norm_q(keep.linear(self.q, x)).unflatten(-1, (self.heads, -1)), *rope)
-        k = rotate(self.norm_k(keep.linear(self.k, x)).unflatten(-1, (self.heads, -1)), *rope)
-        v = keep.linear(self.v, x, sent).unflatten(-1, (self.heads, -1))
-        return q, k, v
+        q = rotate(split_heads(self.norm_q(keep.linear(self.q, x)), self.heads), *rope)
+        k = rotate(split_heads(self.norm_k(keep.linear(self.k, x)), self.heads), *rope)
+        return q, k, split_heads(keep.linear(self.v, x, sent), self.heads)
 
 
 class CrossAttention(nn.Module):
@@ -166,13 +170,13 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, text: Tensor, image: Tensor | None, kernel: Attention, keep: Keep) -> Tensor:
         """Return [B, l, D] from x [B, l, D], text [B, S, D] and image [B, rows, D] or None."""
-        split = (self.heads, -1)
-        q = self.norm_q(keep.linear(self.q, x)).unflatten(-1, split)
-        k = self.norm_k(keep.linear(self.k, text)).unflatten(-1, split)
-        out = keep.cross_attention(q, k, keep.linear(self.v, text).unflatten(-1, split), kernel)
+        q = split_heads(self.norm_q(keep.linear(self.q, x)), self.heads)
+        k = split_heads(self.norm_k(keep.linear(self.k, text)), self.heads)
+        v = split_heads(keep.linear(self.v, text), self.heads)
+        out = keep.cross_attention(q, k, v, kernel)
         if image is not None:
-            k = self.norm_k_img(keep.linear(self.k_img, image)).unflatten(-1, split)
-            v = keep.linear(self.v_img, image).unflatten(-1, split)
+            k = split_heads(self.norm_k_img(keep.linear(self.k_img, image)), self.heads)
+            v = split_heads(keep.linear(self.v_img, image), self.heads)
             out = out + keep.cross_attention(q, k, v, kernel)
         return keep.linear(self.o, out.flatten(2))
 
@@ -198,8 +202,11 @@ class WanBlock(nn.Module):
         )
         self.modulation = nn.Parameter(torch.empty(1, 6, config.dim))
         # DeepSpeed's hooks sit on the module's call, outside both halves.
-        self._first = torch.compile(self.before_attention) if compiled else self.before_attention
-        self._second = torch.compile(self.after_attention) if compiled else self.after_attention
+        self._first, self._second = self.before_attention, self.after_attention
+        if compiled:
+            # A graph for each length: one for all could replace it between forward pass and recomputation.
+            self._first = torch.compile(self._first, dynamic=False)
+            self._second = torch.compile(self._second, dynamic=False)
 
     def forward(
         self, x: Tensor, text: Tensor, image: Tensor | None, e0: Tensor, tokens: TokenLayout, keep: Keep

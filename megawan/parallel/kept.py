@@ -36,9 +36,7 @@ class Spread:
     """True tokens of each block of the ring."""
     ring_rank: int = 0
 
-    def forward_lse(
-        self, kernel: AttentionKernel, q: Tensor, k: Tensor, v: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward_lse(self, kernel: AttentionKernel, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Return (out, lse) of q, k, v without padding, in this rank's heads."""
         if self.ring is None:
             return kernel.forward_lse(q, k, v)
@@ -54,16 +52,16 @@ class Spread:
 
     def heads(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Return the tensors in this rank's heads with the tokens of its block, without padding."""
-        if self.ulysses is not None:
-            tensors = heads_for_tokens(self.ulysses, *tensors)
         if self.ulysses is None and self.ring is None:
             return tensors
+        if self.ulysses is not None:
+            tensors = heads_for_tokens(self.ulysses, *tensors)
         return tuple(x[:, : self.lengths[self.ring_rank]] for x in tensors)
 
     def tokens(self, held: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Return the tensors in this rank's `held` tokens with all heads: the inverse of `heads`."""
         if self.ulysses is None:
-            return tuple(pad(x, 1, held) for x in tensors)
+            return tensors if self.ring is None else tuple(pad(x, 1, held) for x in tensors)
         whole = held * self.ulysses.size()
         return tokens_for_heads(self.ulysses, *(pad(x, 1, whole) for x in tensors))
 
@@ -90,7 +88,7 @@ def row_stand_in(dout: Tensor, row: Tensor) -> Tensor:
     which only that sum is known. Where dout vanishes, so does x.
     """
     wide = dout.to(row.dtype)
-    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp(min=TINY)
+    norm: Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp(min=TINY)
     return (wide / norm * (row / norm)).to(dout.dtype)
 
 

@@ -142,8 +142,9 @@ class _RingAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
-        grads = ring_backward(dout, *ctx.saved_tensors, ctx.kernel, ctx.group, ctx.lengths)
-        return *grads, None, None, None
+        q, k, v, out, lse = ctx.saved_tensors
+        dq, dk, dv = ring_backward(dout, q, k, v, out, lse, ctx.kernel, ctx.group, ctx.lengths)
+        return dq, dk, dv, None, None, None
 
 
 class _Exchange:

@@ -232,7 +232,8 @@ class OneOfMany:
     """A rank of a context-parallel group, whose peers' keys and values come from a recorded whole run."""
 
     def __init__(self, rank: int, size: int, recorded: list[tuple[Tensor, Tensor]]) -> None:
-        self.rank, self.size, self.recorded = rank, size, iter(recorded)
+        self.rank, self.size, self.ulysses_size = rank, size, size
+        self.recorded = iter(recorded)
 
     def local_length(self, length: int) -> int:
         return -(-length // self.size)
