@@ -56,7 +56,14 @@ class ModelOptions:
     """Let --model.init_from lack parts of the variant; they start from random values of --seed and are
     listed."""
     recompute: str = "none"
-    """Activation checkpointing: none, full, or full:K for the first K blocks."""
+    """Activation checkpointing: none, selective, attention or full; full:K for the first K blocks; several
+    joined by commas (attention:24,selective); auto fits --model.memory_budget_gb (see docs/recompute.md)."""
+    memory_budget_gb: float | None = None
+    """GiB that recompute auto may plan for on each GPU; default: nine tenths of the GPU's memory."""
+    offload_activations: bool = False
+    """Hold what recomputed blocks keep in CPU memory until their backward pass."""
+    compile: bool = False
+    """torch.compile every block; the first step takes a minute or more, once for each video size."""
     attention: str = "auto"
     """Attention kernel; auto picks the best one present and the start-up lines say which."""
 

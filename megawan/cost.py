@@ -7,8 +7,8 @@ width, h heads, L layers.
 """
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 CLIP_DIM = 1280  # width of the CLIP image tower of the I2V checkpoints
@@ -119,11 +119,28 @@ def train_flops(shape: ModelShape, tokens: int) -> int:
     return 3 * forward_flops(shape, tokens)
 
 
-def recompute_flops(shape: ModelShape, tokens: int, policy: str, layers: int | None = None) -> int:
-    """Return the FLOPs that activation recompute adds to `train_flops`, for one video.
+def backward_flops(shape: ModelShape, tokens: int) -> int:
+    """Return the FLOPs that a backward pass runs on one video, recompute not counted.
 
-    `policy` is a row of `POLICIES`; `layers` is how many blocks it applies to (all without it).
-    Raises ValueError for an unknown policy or more layers than the model has.
+    Twice the forward for products; an attention kernel rebuilds its scores, 5 products for 2. The first
+    layers' inputs (latents, text features, times) need no gradient. `train_flops` is the model's own need,
+    without the rebuilt scores.
+    """
+    n, d = tokens, shape.dim
+    block = block_flops(shape, tokens)
+    attention = (shape.num_layers + shape.vace_layers) * (block.self_attention + block.cross_attention)
+    no_gradient = 2 * n * shape.in_dim * shape.patch_volume * d
+    no_gradient += 2 * shape.text_len * shape.text_dim * d + 2 * shape.freq_dim * d
+    if shape.vace_layers:
+        no_gradient += 2 * n * shape.vace_in_dim * shape.patch_volume * d
+    return 2 * forward_flops(shape, tokens) + attention // 2 - no_gradient
+
+
+def recompute_flops(shape: ModelShape, tokens: int, policy: str, layers: int | None = None) -> int:
+    """Return the FLOPs that activation recompute adds to forward and backward, for one video.
+
+    `policy` is a row of `POLICIES`; `layers` is how many blocks it applies to, from the first (all without
+    it). Raises ValueError for an unknown policy or more layers than the model has.
     """
     block = block_flops(shape, tokens)
     repeated = {
@@ -131,8 +148,11 @@ def recompute_flops(shape: ModelShape, tokens: int, policy: str, layers: int | N
         "selective": 0,  # norms, modulation, rotation and GELU only: no matrix product
         "attention": block.linear + block.cross_attention,
         "full": block.total,
-    }
-    return _layers(shape, layers) * repeated[_policy(policy)]
+    }[_policy(policy)]
+    blocks = _blocks(shape, layers)
+    # The first control block's projection in is repeated; no block's projection out, its last product.
+    control = 2 * tokens * shape.dim**2 if shape.vace_layers and blocks and repeated else 0
+    return blocks * repeated + control
 
 
 # ----------------------------------------------------------------------------------------------------- memory
@@ -190,29 +210,182 @@ output of self-attention; its input."""
 
 
 def activation_bytes(
-    shape: ModelShape, tokens: int, policy: str, *, cp_size: int = 1, bytes_per_element: int = 2
+    shape: ModelShape,
+    tokens: int,
+    policy: str,
+    *,
+    cp_size: int = 1,
+    ulysses_degree: int = 1,
+    layers: int | None = None,
+    bytes_per_element: int = 2,
 ) -> int:
-    """Return the bytes that all blocks together keep for backward, for one video on one rank of `cp_size`.
+    """Return the bytes that blocks keep for backward, for one video on one rank of `cp_size`.
 
-    In units of one hidden vector a token: full 1; attention 2 + its log-sum-exp; selective 10 + f/d, none
-    (every elementwise chain fused) 17 + 2f/d, both with two log-sum-exps (fp32, one a head). An eager block
-    keeps about 1.7 times "none". What lives only inside one block at a time is `block_working_bytes`.
+    layers: how many blocks, from the first (all without it). In hidden vectors a token: full 1; attention 2;
+    selective 10 + f/d; none 17 + 2f/d; each log-sum-exp (one in attention, two in the last two) adds 4 bytes
+    a head. With Ulysses, none also keeps the output in both layouts (1) and selective q and k as they were
+    sent and received, v as received (2 more). Text, which every rank has whole, and an image branch add
+    their keys and values. What lives only inside one block at a time is `block_working_bytes`.
     """
-    d, f = shape.dim, shape.ffn_dim
-    elements = {"full": d, "attention": 2 * d, "selective": 10 * d + f, "none": 17 * d + 2 * f}[
-        _policy(policy)
-    ]
-    logsumexps = {"full": 0, "attention": 1, "selective": 2, "none": 2}[policy]
-    token = elements * bytes_per_element + 4 * shape.num_heads * logsumexps
-    return shape.num_layers * local_tokens(tokens, cp_size) * token
+    d, f, sent = shape.dim, shape.ffn_dim, ulysses_degree > 1
+    image = shape.image_branch
+    vectors = {
+        "full": d,
+        "attention": 2 * d,
+        "selective": (10 + 2 * sent + image) * d + f,
+        "none": (17 + sent + 2 * image) * d + 2 * f,
+    }[_policy(policy)]
+    logsumexps = {"full": 0, "attention": 1, "selective": 2 + image, "none": 2 + image}[policy]
+    context = shape.text_len + (shape.image_tokens if image else 0)
+    keys = {"full": 0, "attention": 0, "selective": 2, "none": 3}[policy] * context * d
+    token = vectors * bytes_per_element + 4 * shape.num_heads * logsumexps
+    return _blocks(shape, layers) * (local_tokens(tokens, cp_size) * token + keys * bytes_per_element)
 
 
 def block_working_bytes(
-    shape: ModelShape, tokens: int, *, cp_size: int = 1, bytes_per_element: int = 2
+    shape: ModelShape,
+    tokens: int,
+    policy: str = "full",
+    *,
+    cp_size: int = 1,
+    ulysses_degree: int = 1,
+    bytes_per_element: int = 2,
 ) -> int:
-    """Return the bytes alive while one recomputed block is in backward: what `none` keeps for one block."""
-    every = activation_bytes(shape, tokens, "none", cp_size=cp_size, bytes_per_element=bytes_per_element)
-    return every // shape.num_layers
+    """Return the bytes alive while one block is in backward, beyond what the policy keeps of it.
+
+    The rest of what `none` keeps, and the gradients at the widest place: 3 + f/d vectors.
+    """
+    none, kept = (
+        activation_bytes(
+            replace(shape, num_layers=1, vace_layers=0),
+            tokens,
+            each,
+            cp_size=cp_size,
+            ulysses_degree=ulysses_degree,
+            bytes_per_element=bytes_per_element,
+        )
+        for each in ("none", policy)
+    )
+    gradients = local_tokens(tokens, cp_size) * (3 * shape.dim + shape.ffn_dim) * bytes_per_element
+    return none - kept + gradients
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What one rank's memory depends on beside the model and the video."""
+
+    world_size: int
+    ulysses_degree: int = 1
+    ring_degree: int = 1
+    zero_stage: int = 3
+    precision: str = "bf16"
+    micro_batch: int = 1
+    bucket: int = 100_000_000  # elements of DeepSpeed's reduce_bucket_size
+    offload_optimizer: bool = False  # masters, moments and gradients in CPU memory
+    offload_weights: bool = False
+    offload_activations: bool = False  # what recomputed blocks keep, in CPU memory
+
+    @property
+    def cp_size(self) -> int:
+        """Ranks that share one video."""
+        return self.ulysses_degree * self.ring_degree
+
+    @property
+    def bytes_per_element(self) -> int:
+        """Bytes of a weight or an activation."""
+        return 2 if self.precision == "bf16" else 4
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of device memory of one rank at the peak of a step, by what they are for."""
+
+    states: int  # this rank's weights, gradients and optimizer states
+    kept: int  # what the blocks keep for backward
+    working: int  # one block in backward, the embeddings and the head
+    buffers: int  # gathered weights, gradients before they are reduced, communication buckets
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.states + self.kept + self.working + self.buffers
+
+
+def rank_memory(
+    shape: ModelShape, tokens: int, split: Sequence[tuple[str, int]], layout: Layout
+) -> RankMemory:
+    """Return the memory of one rank; `split` says policy by policy how many layers follow it.
+
+    An estimate from what was counted, without CUDA's own needs (context, NCCL, fragmentation). Raises
+    ValueError for unknown policies or other than num_layers layers.
+    """
+    if sum(layers for _, layers in split) != shape.num_layers:
+        raise ValueError(f"{list(split)} must name {shape.num_layers} layers")
+    size, first = layout.bytes_per_element, 0
+    kept, working = 0, 0
+    spread = {"cp_size": layout.cp_size, "ulysses_degree": layout.ulysses_degree, "bytes_per_element": size}
+    for policy, layers in split:
+        until = activation_bytes(shape, tokens, policy, layers=first + layers, **spread)
+        here = until - activation_bytes(shape, tokens, policy, layers=first, **spread)
+        if layers:
+            offloaded = layout.offload_activations and policy != "none"
+            one = here // layers
+            kept += one if offloaded else here
+            working = max(working, block_working_bytes(shape, tokens, policy, **spread))
+        first += layers
+    # The head keeps its input and, in float32, the modulated norm of it.
+    ends = local_tokens(tokens, layout.cp_size) * shape.dim * (size + 4)
+    states = model_states(parameters(shape), layout.world_size, layout.zero_stage, layout.precision)
+    block = block_parameters(shape) * size
+    gathered = 3 * block if layout.zero_stage == 3 else 0  # two blocks' weights, one block's gradients
+    return RankMemory(
+        states=(0 if layout.offload_weights else states.weights)
+        + (0 if layout.offload_optimizer else states.gradients + states.optimizer),
+        kept=layout.micro_batch * kept,
+        working=layout.micro_batch * (working + ends),
+        buffers=gathered + 2 * layout.bucket * size,
+    )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A way to recompute, with its price and the memory it leaves a rank with."""
+
+    split: tuple[tuple[str, int], ...]
+    flops: int  # recomputed for one video
+    memory: RankMemory
+
+    @property
+    def text(self) -> str:
+        """The flag's value, such as attention:24,selective."""
+        used = [(policy, layers) for policy, layers in self.split if layers]
+        last = used[-1][0]
+        parts = [f"{policy}:{layers}" for policy, layers in used[:-1]]
+        return ",".join(parts if last == "none" and parts else [*parts, last])
+
+
+def cheapest_recompute(shape: ModelShape, tokens: int, budget: int, layout: Layout) -> Choice | None:
+    """Return the policies that recompute the fewest FLOPs within `budget` bytes a rank, None if none fits.
+
+    The first K blocks follow one policy, the others a lighter one. Where no product is recomputed either way,
+    the fewest blocks recompute anything.
+    """
+    best: tuple[tuple[int, int], Choice] | None = None
+    for heavy in range(1, len(POLICIES)):
+        for light in range(heavy):
+            for layers in range(shape.num_layers + 1):
+                split = ((POLICIES[heavy], layers), (POLICIES[light], shape.num_layers - layers))
+                memory = rank_memory(shape, tokens, split, layout)
+                if memory.total > budget:
+                    continue
+                flops = recompute_flops(shape, tokens, POLICIES[heavy], layers)
+                flops += recompute_flops(shape, tokens, POLICIES[light])
+                flops -= recompute_flops(shape, tokens, POLICIES[light], layers)
+                key = (flops, -memory.kept)
+                if best is None or key < best[0]:
+                    best = key, Choice(split, flops, memory)
+                break  # more layers of the heavier policy only cost more
+    return None if best is None else best[1]
 
 
 def local_tokens(tokens: int, cp_size: int) -> int:
@@ -248,6 +421,42 @@ def ring_bytes(
     """
     local = local_tokens(tokens, ulysses_degree * ring_degree) * shape.dim * bytes_per_element
     return 2 * local * (ring_degree - 1)
+
+
+def ring_backward_bytes(
+    shape: ModelShape, tokens: int, ulysses_degree: int, ring_degree: int, *, bytes_per_element: int = 2
+) -> int:
+    """Return the bytes one rank sends in one block's backward: keys and values again, ring_degree − 1 times,
+    and their gradients in float32 (or wider elements as they are), ring_degree times."""
+    if ring_degree == 1:
+        return 0
+    local = local_tokens(tokens, ulysses_degree * ring_degree) * shape.dim
+    gradients = 2 * local * max(4, bytes_per_element) * ring_degree
+    return gradients + ring_bytes(
+        shape, tokens, ulysses_degree, ring_degree, bytes_per_element=bytes_per_element
+    )
+
+
+def recompute_bytes(
+    shape: ModelShape,
+    tokens: int,
+    policy: str,
+    ulysses_degree: int,
+    ring_degree: int = 1,
+    *,
+    bytes_per_element: int = 2,
+) -> int:
+    """Return the bytes one rank sends for one block because the policy recomputes it.
+
+    full: the forward's again. attention: nothing to a ring; to Ulysses q, k and v once more, since what came
+    from other ranks is not kept, and a float32 number a token and head. selective: only those numbers.
+    """
+    local = local_tokens(tokens, ulysses_degree * ring_degree)
+    sent = ulysses_bytes(shape, tokens, ulysses_degree, ring_degree, bytes_per_element=bytes_per_element)
+    rows = local * shape.num_heads * max(4, bytes_per_element) * (ulysses_degree - 1) // ulysses_degree
+    around = ring_bytes(shape, tokens, ulysses_degree, ring_degree, bytes_per_element=bytes_per_element)
+    extra = {"none": 0, "selective": rows, "attention": sent * 3 // 4 + rows, "full": sent + around}
+    return extra[_policy(policy)]
 
 
 def gather_bytes(params: int, world_size: int, bytes_per_element: int = 2) -> int:
@@ -314,9 +523,10 @@ def _policy(policy: str) -> str:
     return policy
 
 
-def _layers(shape: ModelShape, layers: int | None) -> int:
-    if layers is None:
-        return shape.num_layers
+def _blocks(shape: ModelShape, layers: int | None) -> int:
+    """Return how many blocks stand at the first `layers` layers, with control blocks, which are evenly
+    spread."""
+    layers = shape.num_layers if layers is None else layers
     if not 0 <= layers <= shape.num_layers:
         raise ValueError(f"{layers} recomputed layers; the model has {shape.num_layers}")
-    return layers
+    return layers - (-layers * shape.vace_layers // shape.num_layers)

@@ -19,12 +19,18 @@ from megawan.data.synthetic import SyntheticLatents
 from megawan.dist import Environment
 from megawan.flow.loss import FlowMatching
 from megawan.models.attention import select_attention
-from megawan.models.recompute import parse_recompute
+from megawan.models.recompute import Recompute, parse_recompute
 from megawan.models.variants import CLIP_TOKENS, Variant, WanConfig, get_variant
 from megawan.models.wan import token_grid
-from megawan.parallel.topology import Topology, validate
+from megawan.parallel.topology import Topology, divisors, legal_ulysses, validate
 
 PACKAGE = Path(__file__).resolve().parent
+AUTO = "auto"
+GIB = 2**30
+RESERVE = 0.1  # of a GPU's memory: CUDA's context, NCCL's buffers, fragmentation, what the estimate misses
+DEEPSPEED_BUCKET = 500_000_000  # elements, where the file names none
+NODE = 8  # ranks that Ulysses should stay within
+DOUBLINGS = 8
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,18 @@ class Plan:
     deepspeed: ds_config.Resolved
     steps: int
     clean_frames: int  # leading latent frames that are a clean condition (TI2V: 1) and carry no loss
+    recompute: str  # --model.recompute, or what auto chose
+
+    @property
+    def need_lse(self) -> bool:
+        """Whether the attention kernel must give its log-sum-exp."""
+        return self.topology.ring_degree > 1 or self._recompute.needs_lse
+
+    @property
+    def _recompute(self) -> Recompute:
+        return parse_recompute(
+            self.recompute, self.variant.config.num_layers, self.config.model.offload_activations
+        )
 
     @property
     def global_batch(self) -> int:
@@ -52,9 +70,15 @@ class Plan:
         tokens = [_tokens(shape, wan.patch_size) for shape in shapes]
         longest = max(tokens)
         shape = model_shape(wan)
-        states = cost.model_state_bytes_per_rank(
-            cost.parameters(shape), layout.world_size, self.deepspeed.zero_stage, self.deepspeed.precision
+        memory = cost.rank_memory(
+            shape, longest, self._recompute.split, cost_layout(config, layout, self.deepspeed)
         )
+        repeated = sum(
+            cost.recompute_flops(shape, longest, policy, until)
+            - cost.recompute_flops(shape, longest, policy, start)
+            for policy, start, until in self._recompute.ranges
+        )
+        chosen = " (auto)" if config.model.recompute == AUTO else ""
         flops = 3 * cost.forward_flops(shape, longest) * self.global_batch
         spread = f"{min(tokens):,} to {longest:,}" if len(shapes) > 1 else f"{longest:,}"
         start = (
@@ -68,13 +92,18 @@ class Plan:
             f"data: {self.data.describe()}; {spread} tokens a video",
             f"layout: {layout.world_size} ranks = dp {layout.dp_size} x ring {layout.ring_degree} x ulysses"
             f" {layout.ulysses_degree}; ZeRO stage {self.deepspeed.zero_stage}, {self.deepspeed.precision},"
-            f" recompute {config.model.recompute}",
+            f" recompute {self.recompute}{chosen}{', offloaded' if config.model.offload_activations else ''}"
+            f"{', compiled' if config.model.compile else ''}",
             f"batch: {self.global_batch} videos a step = micro_batch {config.micro_batch} x accumulation"
             f" {config.accumulation} x dp {layout.dp_size}; {self.steps} steps ="
             f" {self.steps * self.global_batch / len(self.data):.1f} passes over {len(self.data)} samples",
             self.flow.describe(),
             f"cost: {flops / 1e12:,.3g} TFLOP a step (recompute not counted); model states"
-            f" {states / 2**30:,.3g} GiB a rank",
+            f" {memory.states / GIB:,.3g} GiB a rank",
+            f"memory: {memory.total / GIB:,.3g} GiB a rank = model states {memory.states / GIB:,.3g} + kept"
+            f" activations {memory.kept / GIB:,.3g} + one block at work {memory.working / GIB:,.3g} + gathered"
+            f" weights and buckets {memory.buffers / GIB:,.3g}; recompute adds"
+            f" {repeated / cost.train_flops(shape, longest):.1%} FLOPs",
         ]
 
 
@@ -122,7 +151,6 @@ def _resolve(config: TrainConfig, place: Environment) -> Plan:
         config.model.variant,
     )
     topology = Topology(place.world_size, config.parallel.ulysses_degree, config.parallel.ring_degree)
-    parse_recompute(config.model.recompute, variant.config.num_layers)
     data = open_data(config, variant)
     steps = config.steps
     if config.epochs is not None:
@@ -149,15 +177,110 @@ def _resolve(config: TrainConfig, place: Environment) -> Plan:
         precision=config.precision,
         on_gpu=torch.cuda.is_available(),
     )
+    clean_frames = 1 if variant.config.model_type == "ti2v" else 0
+    longest = max(_tokens(shape, variant.config.patch_size) for shape in set(data.shapes))
+    plan = Plan(
+        config,
+        variant,
+        topology,
+        data,
+        FlowMatching(config.flow),
+        resolved,
+        steps,
+        clean_frames,
+        choose_recompute(config, variant, topology, resolved, longest),
+    )
     select_attention(
         config.model.attention,
         "cuda" if torch.cuda.is_available() else "cpu",
         torch.bfloat16 if resolved.precision == "bf16" else torch.float32,
         head_dim=variant.config.dim // variant.config.num_heads,
-        need_lse=topology.ring_degree > 1,
+        need_lse=plan.need_lse,
     )
-    clean_frames = 1 if variant.config.model_type == "ti2v" else 0
-    return Plan(config, variant, topology, data, FlowMatching(config.flow), resolved, steps, clean_frames)
+    return plan
+
+
+def choose_recompute(
+    config: TrainConfig, variant: Variant, topology: Topology, resolved: ds_config.Resolved, tokens: int
+) -> str:
+    """Return --model.recompute, checked, or what auto makes of it for videos of `tokens` tokens.
+
+    Raises ValueError for an illegal policy, for auto without a budget, and where no policy fits, naming the
+    smallest layout in which one does.
+    """
+    layers, asked = variant.config.num_layers, config.model
+    if asked.recompute != AUTO:
+        if asked.memory_budget_gb is not None:
+            raise ValueError("--model.memory_budget_gb is for --model.recompute auto only")
+        parse_recompute(asked.recompute, layers, asked.offload_activations)
+        return asked.recompute
+    budget = memory_budget(asked.memory_budget_gb)
+    shape = model_shape(variant.config)
+    choice = cost.cheapest_recompute(shape, tokens, budget, cost_layout(config, topology, resolved))
+    if choice is None:
+        least = cost.rank_memory(shape, tokens, [("full", layers)], cost_layout(config, topology, resolved))
+        fits = smallest_layout(config, variant, topology.world_size, resolved, tokens, budget)
+        raise ValueError(
+            f"recompute auto: even full needs {least.total / GIB:.1f} GiB a rank (model states"
+            f" {least.states / GIB:.1f}, one block at work {least.working / GIB:.1f}), the budget is"
+            f" {budget / GIB:.1f}; {fits}"
+        )
+    return choice.text
+
+
+def smallest_layout(
+    config: TrainConfig,
+    variant: Variant,
+    world_size: int,
+    resolved: ds_config.Resolved,
+    tokens: int,
+    budget: int,
+) -> str:
+    """Return which layout would fit: of this world, else of the smallest one that doubling it reaches."""
+    shape, heads = model_shape(variant.config), variant.config.num_heads
+    for world in (world_size << doubling for doubling in range(DOUBLINGS)):
+        # The fewest ranks a video first; Ulysses before ring, inside one node.
+        degrees = sorted(
+            ((u, r) for u in legal_ulysses(world, heads) if u <= NODE for r in divisors(world // u)),
+            key=lambda degree: (degree[0] * degree[1], degree[1]),
+        )
+        for ulysses, ring in degrees:
+            layout = cost_layout(config, Topology(world, ulysses, ring), resolved)
+            choice = cost.cheapest_recompute(shape, tokens, budget, layout)
+            if choice is not None:
+                return (
+                    f"{world} ranks with --parallel.ulysses_degree {ulysses} --parallel.ring_degree {ring} would"
+                    f" fit with recompute {choice.text} ({choice.memory.total / GIB:.1f} GiB)"
+                )
+    return f"no layout of up to {world_size << (DOUBLINGS - 1)} ranks would fit"
+
+
+def memory_budget(asked: float | None) -> int:
+    """Return the bytes a rank may plan for. Raises ValueError where they are neither given nor known."""
+    if asked is not None:
+        if not asked > 0:
+            raise ValueError(f"--model.memory_budget_gb {asked} must be above 0")
+        return int(asked * GIB)
+    if not torch.cuda.is_available():
+        raise ValueError("--model.recompute auto needs --model.memory_budget_gb: there is no GPU to ask")
+    return int(torch.cuda.get_device_properties(0).total_memory * (1 - RESERVE))
+
+
+def cost_layout(config: TrainConfig, topology: Topology, resolved: ds_config.Resolved) -> cost.Layout:
+    """Return what of the run decides the memory of a rank."""
+    zero = resolved.config["zero_optimization"]
+    return cost.Layout(
+        topology.world_size,
+        topology.ulysses_degree,
+        topology.ring_degree,
+        resolved.zero_stage,
+        resolved.precision,
+        config.micro_batch,
+        bucket=int(zero.get("reduce_bucket_size", DEEPSPEED_BUCKET)),
+        offload_optimizer=zero.get("offload_optimizer", {}).get("device", "none") != "none",
+        offload_weights=zero.get("offload_param", {}).get("device", "none") != "none",
+        offload_activations=config.model.offload_activations,
+    )
 
 
 def open_data(config: TrainConfig, variant: Variant) -> LatentStore | SyntheticLatents:

@@ -75,12 +75,18 @@ def run(plan: Plan, device: torch.device) -> None:
         device.type,
         torch.bfloat16 if plan.deepspeed.precision == "bf16" else torch.float32,
         head_dim=plan.variant.config.dim // plan.variant.config.num_heads,
-        need_lse=plan.topology.ring_degree > 1,
+        need_lse=plan.need_lse,
     )
     dist.say(f"attention: {kernel.describe()}")
     try:
         model = engines.build_model(
-            lambda: WanModel(plan.variant.config, attention=kernel, recompute=options.model.recompute),
+            lambda: WanModel(
+                plan.variant.config,
+                attention=kernel,
+                recompute=plan.recompute,
+                offload=options.model.offload_activations,
+                compiled=options.model.compile,
+            ),
             plan.deepspeed,
             device,
         )

@@ -218,7 +218,7 @@ class Backend:
             limit = f" up to {self.head_limit}" if self.head_limit else ""
             return f"takes head widths that are multiples of {self.head_multiple}{limit}, not {head_dim}"
         if need_lse and not self.has_lse:
-            return "gives no log-sum-exp, which ring_degree > 1 needs"
+            return "gives no log-sum-exp, which a ring and recompute attention or selective need"
         if self.module is not None and not _installed(self.module):
             return f"needs the Python module {self.module} ({self.install})"
         return None
@@ -324,7 +324,7 @@ def select_attention(
 ) -> Kernel:
     """Return the kernel `name`, or for "auto" the fastest that fits; `describe()` says which it is.
 
-    need_lse: a ring will merge blocks. Raises ValueError when the kernel does not fit, naming those that do.
+    need_lse: a ring will merge blocks, or a recomputation will find the result. Raises ValueError when the kernel does not fit, naming those that do.
     """
     gpu = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
     backend = choose_backend(name, device_type, dtype, head_dim, need_lse, gpu)
@@ -353,7 +353,9 @@ def choose_backend(
     for backend in legal:
         if backend.name == name:
             return backend
-    wants = f"{_short(dtype)} on {device_type}, head width {head_dim}{', with a ring' if need_lse else ''}"
+    wants = (
+        f"{_short(dtype)} on {device_type}, head width {head_dim}{', with log-sum-exp' if need_lse else ''}"
+    )
     names = ", ".join(["auto", *(backend.name for backend in legal)]) if legal else "none"
     known = [(backend, objection) for backend, objection in refused if backend.name == name]
     if not known and name != "auto":

@@ -8,6 +8,7 @@ numbers, so there is no generator state to keep.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,7 @@ from megawan.parallel.kept import kept_attention
 POLICIES = ("none", "selective", "attention", "full")
 """From the one that keeps most to the one that recomputes most."""
 LEGAL = (
-    "none, or selective, attention or full for all blocks, or with :K for the first K, joined by commas"
+    "none, selective, attention, full, each also as full:K for the first K blocks, joined by commas"
     " (attention:24,selective: the first 24 blocks attention, the others selective)"
 )
 
@@ -159,6 +160,17 @@ class Recompute:
     offload: bool = False
 
     @property
+    def ranges(self) -> list[tuple[str, int, int]]:
+        """The policies in order, each with its first block and the one after its last."""
+        ends = list(itertools.accumulate(count for _, count in self.split))
+        return [(policy, end - count, end) for (policy, count), end in zip(self.split, ends, strict=True)]
+
+    @property
+    def split(self) -> list[tuple[str, int]]:
+        """The policies in order, each with the blocks that follow it."""
+        return [(policy, len(list(same))) for policy, same in itertools.groupby(self.policies)]
+
+    @property
     def needs_lse(self) -> bool:
         """Whether the attention kernel must give its log-sum-exp."""
         return any(policy in ("selective", "attention") for policy in self.policies)
@@ -211,8 +223,8 @@ def parse_recompute(text: str, num_layers: int, offload: bool = False) -> Recomp
         whole = not colon and place == len(parts) - 1
         if policy not in POLICIES or not (whole or (count.isdecimal() and int(count) <= rest)):
             raise ValueError(
-                f"recompute {text!r} is not legal for {num_layers} blocks; legal: {LEGAL}, from 0 to"
-                f" {num_layers} blocks together"
+                f"recompute {text!r} is not legal for {num_layers} blocks; legal: {LEGAL}; K from 0 to"
+                f" {num_layers}, together too"
             )
         policies += [policy] * (rest if whole else int(count))
     policies += ["none"] * (num_layers - len(policies))
