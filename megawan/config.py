@@ -59,7 +59,8 @@ class ModelOptions:
     """Activation checkpointing: none, selective, attention or full; full:K for the first K blocks; several
     joined by commas (attention:24,selective); auto fits --model.memory_budget_gb (see docs/recompute.md)."""
     memory_budget_gb: float | None = None
-    """GiB that recompute auto may plan for on each GPU; default: nine tenths of the GPU's memory."""
+    """GiB that recompute auto may plan for on each GPU (default: nine tenths of its memory); another policy
+    that needs more is refused."""
     offload_activations: bool = False
     """Hold what recomputed blocks keep in CPU memory until their backward pass."""
     compile: bool = False

@@ -100,9 +100,7 @@ class Plan:
             self.flow.describe(),
             f"cost: {flops / 1e12:,.3g} TFLOP a step (recompute not counted); model states"
             f" {memory.states / GIB:,.3g} GiB a rank",
-            f"memory: {memory.total / GIB:,.3g} GiB a rank = model states {memory.states / GIB:,.3g} + kept"
-            f" activations {memory.kept / GIB:,.3g} + one block at work {memory.working / GIB:,.3g} + gathered"
-            f" weights and buckets {memory.buffers / GIB:,.3g}; recompute adds"
+            f"memory: {describe_memory(memory)}; recompute adds"
             f" {repeated / cost.train_flops(shape, longest):.1%} FLOPs",
         ]
 
@@ -209,23 +207,38 @@ def choose_recompute(
     smallest layout in which one does.
     """
     layers, asked = variant.config.num_layers, config.model
+    shape, layout = model_shape(variant.config), cost_layout(config, topology, resolved)
+    split = [("full", layers)]
     if asked.recompute != AUTO:
-        if asked.memory_budget_gb is not None:
-            raise ValueError("--model.memory_budget_gb is for --model.recompute auto only")
-        parse_recompute(asked.recompute, layers, asked.offload_activations)
-        return asked.recompute
+        split = parse_recompute(asked.recompute, layers, asked.offload_activations).split
+        if asked.memory_budget_gb is None:
+            return asked.recompute
     budget = memory_budget(asked.memory_budget_gb)
-    shape = model_shape(variant.config)
-    choice = cost.cheapest_recompute(shape, tokens, budget, cost_layout(config, topology, resolved))
-    if choice is None:
-        least = cost.rank_memory(shape, tokens, [("full", layers)], cost_layout(config, topology, resolved))
-        fits = smallest_layout(config, variant, topology.world_size, resolved, tokens, budget)
-        raise ValueError(
-            f"recompute auto: even full needs {least.total / GIB:.1f} GiB a rank (model states"
-            f" {least.states / GIB:.1f}, one block at work {least.working / GIB:.1f}), the budget is"
-            f" {budget / GIB:.1f}; {fits}"
-        )
-    return choice.text
+    needed = cost.rank_memory(shape, tokens, split, layout)
+    choice = cost.cheapest_recompute(shape, tokens, budget, layout)
+    if asked.recompute != AUTO and needed.total <= budget:
+        return asked.recompute
+    if asked.recompute == AUTO and choice is not None:
+        return choice.text
+    instead = (
+        f"recompute {choice.text} would fit"
+        if choice is not None
+        else smallest_layout(config, variant, topology.world_size, resolved, tokens, budget)
+    )
+    least = "auto: even full" if asked.recompute == AUTO else asked.recompute
+    raise ValueError(
+        f"recompute {least} needs {describe_memory(needed)}, and the budget is {budget / GIB:.3g}"
+        f" GiB; {instead}"
+    )
+
+
+def describe_memory(memory: cost.RankMemory) -> str:
+    """Return the total and its parts in GiB."""
+    return (
+        f"{memory.total / GIB:,.3g} GiB a rank = model states {memory.states / GIB:,.3g} + kept activations"
+        f" {memory.kept / GIB:,.3g} + one block at work {memory.working / GIB:,.3g} + gathered weights and"
+        f" buckets {memory.buffers / GIB:,.3g}"
+    )
 
 
 def smallest_layout(
@@ -249,8 +262,8 @@ def smallest_layout(
             choice = cost.cheapest_recompute(shape, tokens, budget, layout)
             if choice is not None:
                 return (
-                    f"{world} ranks with --parallel.ulysses_degree {ulysses} --parallel.ring_degree {ring} would"
-                    f" fit with recompute {choice.text} ({choice.memory.total / GIB:.1f} GiB)"
+                    f"{world} ranks with --parallel.ulysses_degree {ulysses} --parallel.ring_degree {ring}"
+                    f" would fit with recompute {choice.text} ({choice.memory.total / GIB:.3g} GiB)"
                 )
     return f"no layout of up to {world_size << (DOUBLINGS - 1)} ranks would fit"
 

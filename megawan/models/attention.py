@@ -324,7 +324,8 @@ def select_attention(
 ) -> Kernel:
     """Return the kernel `name`, or for "auto" the fastest that fits; `describe()` says which it is.
 
-    need_lse: a ring will merge blocks, or a recomputation will find the result. Raises ValueError when the kernel does not fit, naming those that do.
+    need_lse: a ring will merge blocks, or a recomputation will find the result. Raises ValueError when the
+    kernel does not fit, naming those that do.
     """
     gpu = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
     backend = choose_backend(name, device_type, dtype, head_dim, need_lse, gpu)

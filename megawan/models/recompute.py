@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,19 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Keep:
-    """Policies none and full: no product of the block is singled out."""
+    """Policies none and full: no product of the block is singled out. Entered for each forward pass."""
+
+    def __init__(self, offload: bool = False) -> None:
+        self.offload = offload
+        self.slots: list[Slot] = []
+        self.used = 0
+
+    def __enter__(self) -> None:
+        """Begin a forward pass: the first fills the slots in order, each later one reads them so."""
+        self.used = 0
+
+    def __exit__(self, *error: object) -> None:
+        """End it."""
 
     def linear(self, module: nn.Module, x: Tensor, sent: bool = False) -> Tensor:
         """Return module(x), [..., out_features]; sent: only other ranks read its values."""
@@ -54,17 +66,6 @@ class KeepAttention(Keep):
     """Policy attention: the result of self-attention is kept."""
 
     exchanged = False
-
-    def __init__(self, offload: bool) -> None:
-        self.offload = offload
-        self.slots: list[Slot] = []
-        self.used = 0
-
-    @contextlib.contextmanager
-    def passing(self) -> Iterator[None]:
-        """A forward pass: the first fills the slots in order, each later one reads them in that order."""
-        self.used = 0
-        yield
 
     def slot(self) -> Slot:
         """Return the slot of the next product."""
@@ -152,6 +153,9 @@ def fetch(parked: tuple[Tensor, torch.device]) -> Tensor:
     return held.to(device, non_blocking=True)
 
 
+KEEPS = {"selective": KeepProducts, "attention": KeepAttention, "full": Keep}
+
+
 @dataclass(frozen=True)
 class Recompute:
     """A policy for each block, and whether what recomputed blocks keep waits in CPU memory."""
@@ -181,11 +185,7 @@ class Recompute:
         policy = self.policies[index]
         if policy == "none" or not torch.is_grad_enabled():
             return block(x, *inputs, Keep())
-        keep = Keep()
-        passing: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
-        if policy != "full":
-            keep = KeepAttention(self.offload) if policy == "attention" else KeepProducts(self.offload)
-            passing = keep.passing
+        keep = KEEPS[policy](self.offload)
         outside = _parked(x) if self.offload else contextlib.nullcontext()
         with outside:
             # The block is called as a module so that ZeRO-3's hooks gather its weights in the recomputation
@@ -197,7 +197,7 @@ class Recompute:
                 keep,
                 use_reentrant=False,
                 preserve_rng_state=False,
-                context_fn=lambda: (passing(), passing()),
+                context_fn=lambda: (keep, keep),
             )
 
 

@@ -274,7 +274,8 @@ class VaceBlock(WanBlock):
         if self.before_proj is not None:
             c = keep.linear(self.before_proj, c) + x
         c = super().forward(c, text, image, e0, tokens, keep)
-        return keep.linear(self.after_proj, c.to(text.dtype)), c
+        # The last product: a recomputation ends before it.
+        return self.after_proj(c.to(text.dtype)), c
 
 
 LEAF_MODULES = (WanBlock, VaceBlock)

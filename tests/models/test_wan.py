@@ -283,45 +283,6 @@ def test_every_rank_gives_its_tokens_of_the_whole(kind: str, size: int) -> None:
 # --- recompute ---
 
 
-def saved_bytes(model: WanModel, inputs: Inputs) -> int:
-    sizes: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        sizes[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
-        return tensor
-
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
-        out = inputs.ours(model)
-    out.square().mean().backward()
-    return sum(sizes.values())
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_recompute_changes_memory_and_no_number(kind: str) -> None:
-    config = replace(KINDS[kind], num_layers=4)
-    results = {}
-    for policy in ("none", "full", "full:2", "full:0"):
-        model = random_model(config, seed=1)
-        model.recompute = parse_recompute(policy, config.num_layers)
-        inputs = random_inputs(config, batch=2, latent=(5, 6, 10), seed=2, clean_frames=int(kind == "ti2v"))
-        kept = saved_bytes(model, inputs)
-        results[policy] = kept, {name: parameter.grad for name, parameter in model.named_parameters()}
-    reference = results["none"][1]
-    for policy, (_, gradients) in results.items():
-        for name, gradient in gradients.items():
-            assert torch.equal(gradient, reference[name]), (policy, name)
-    assert results["full"][0] < results["full:2"][0] < results["none"][0]
-    assert results["full:0"][0] == results["none"][0]
-
-
-@pytest.mark.parametrize(
-    "text", ["", "full:", "full:7", "full:-1", "full:1.0", "none:2", "half", "full:²", "FULL"]
-)
-def test_an_unknown_recompute_policy_is_answered_with_the_legal_ones(text: str) -> None:
-    with pytest.raises(ValueError, match="legal: none, full, full:K"):
-        parse_recompute(text, 6)
-
-
 # --- initial values ---
 
 

@@ -1,0 +1,266 @@
+"""Recompute policies: no number changes; bytes kept, products repeated and bytes sent are counted."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from megawan import cost
+from megawan.models import recompute
+from megawan.models.attention import MathAttention, PackageAttention, select_attention
+from megawan.models.recompute import Keep, parse_recompute
+from megawan.models.rope import RopeTables
+from megawan.models.variants import WanConfig, get_variant
+from megawan.models.wan import TokenLayout, WanBlock, WanModel
+from megawan.parallel.context import ContextParallel
+from megawan.parallel.kept import row_stand_in
+from megawan.plan import model_shape
+from tests.distributed import run_distributed
+from tests.models.activations import kept_bytes
+from tests.models.peers import TINY, Inputs, random_inputs, random_model
+
+replace = dataclasses.replace
+CLIPPED = replace(TINY, model_type="i2v", in_dim=36, image_dim=32)
+KINDS: dict[str, WanConfig] = {
+    "t2v": TINY,
+    "i2v": CLIPPED,
+    "ti2v": replace(TINY, model_type="ti2v", in_dim=48, out_dim=48),
+    "vace": replace(TINY, model_type="vace", num_layers=4, vace_layers=(0, 2), vace_in_dim=8),
+}
+MIXED = "full:1,attention:1,selective:1"
+EVERY = (*recompute.POLICIES, MIXED, "attention:3,selective", "selective:2", "none:1,full")
+
+# The sizes of Wan 1.3B: hidden vectors are 1,536 bfloat16 numbers.
+WIDE = WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=1)
+VECTOR = 2 * WIDE.dim
+LIMITS = {"none": 36.0, "selective": 16.0, "attention": 2.2, "full": 1.1}
+
+
+# --- no number changes ---
+
+
+def gradients(
+    config: WanConfig, policy: str, *, offload: bool = False, compiled: bool = False
+) -> dict[str, Tensor]:
+    """Return the output and the gradient of every parameter."""
+    weights = random_model(config, seed=1).state_dict()
+    model = WanModel(config, recompute=policy, offload=offload, compiled=compiled)
+    model.load_state_dict(weights)
+    clean = int(config.model_type == "ti2v")
+    out = random_inputs(config, batch=2, latent=(3, 6, 10), seed=2, clean_frames=clean).ours(model)
+    (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(3))).sum().backward()
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert all(gradient is not None and gradient.abs().max() > 0 for gradient in found.values())
+    return {"": out.detach(), **{name: gradient for name, gradient in found.items() if gradient is not None}}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_policy_changes_a_bit(kind: str) -> None:
+    config = replace(KINDS[kind], num_layers=4)
+    reference = gradients(config, "none")
+    for policy in EVERY[1:]:
+        for offload in (False, True):
+            found = gradients(config, policy, offload=offload)
+            assert not [name for name in reference if not torch.equal(found[name], reference[name])], policy
+
+
+def test_compiled_blocks_agree_under_every_policy() -> None:
+    config = replace(KINDS["ti2v"], num_layers=1)
+    reference = gradients(config, "none")
+    for policy in recompute.POLICIES:
+        found = gradients(config, policy, compiled=True)
+        for name, wanted in reference.items():
+            assert (found[name] - wanted).abs().max() <= 1e-5 * wanted.abs().max(), (policy, name)
+
+
+def test_a_second_backward_pass_recomputes_again() -> None:
+    for policy in ("full", "attention", "selective"):
+        model = random_model(replace(TINY, num_layers=2), seed=1, recompute=policy)
+        out = random_inputs(TINY, batch=1, latent=(1, 4, 4), seed=2).ours(model).square().sum()
+        weight = model.blocks[0].self_attn.q.weight
+        (first,) = torch.autograd.grad(out, weight, retain_graph=True)
+        (second,) = torch.autograd.grad(out, weight)
+        assert torch.equal(first, second) and first.abs().max() > 0
+
+
+def test_nothing_is_kept_where_no_gradient_is_asked() -> None:
+    model = random_model(TINY, seed=1, recompute="attention")
+    with torch.no_grad():
+        assert (
+            kept_bytes(model, lambda: random_inputs(TINY, batch=1, latent=(1, 4, 4), seed=2).ours(model)) == 0
+        )
+
+
+# --- bytes kept ---
+
+
+def block_kept(policy: str, tokens: int) -> tuple[int, int]:
+    """Return what one bfloat16 block of Wan 1.3B's sizes keeps: by autograd's hooks, by the allocator."""
+    block = WanBlock(WIDE).bfloat16()
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    kernel = select_attention("auto", "cpu", torch.bfloat16, head_dim=WIDE.head_dim, need_lse=True)
+    rope = RopeTables(WIDE.head_dim).rows(
+        (1, 1, tokens), 0, tokens, tokens, torch.device("cpu"), torch.float32
+    )
+    layout = TokenLayout(tokens, 0, rope, ContextParallel.single(), kernel)
+    text = torch.randn(1, WIDE.text_len, WIDE.dim).bfloat16().requires_grad_()
+    e0 = torch.randn(1, 1, 6, WIDE.dim, requires_grad=True)
+    x = torch.randn(1, tokens, WIDE.dim).bfloat16().requires_grad_()
+    plan = parse_recompute(policy, 1)
+
+    def call() -> Tensor:
+        out: Tensor = plan.run(0, block, x, text, None, e0, layout)
+        return out
+
+    tables = 2 * rope[0].untyped_storage().nbytes() if policy == "none" else 0
+    counted = kept_bytes(block, call) - tables
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as allocations:
+        out = call()
+    events = allocations.profiler.kineto_results.events()
+    held = sum(event.nbytes() for event in events if event.name() == "[memory]")
+    del out
+    return counted, held
+
+
+@pytest.mark.parametrize("policy", recompute.POLICIES)
+def test_bytes_kept_for_a_token_and_layer(policy: str) -> None:
+    """The text's share is constant, so that the difference of two lengths is what a token costs."""
+    (few, few_held), (many, many_held) = block_kept(policy, 64), block_kept(policy, 128)
+    token = (many - few) / 64
+    assert token <= LIMITS[policy] * VECTOR
+    # The allocator counts the output and not the input, which are one vector each.
+    assert (many_held - few_held) / 64 == pytest.approx(token, rel=1e-3)
+    formula = [cost.activation_bytes(model_shape(WIDE), tokens, policy) for tokens in (64, 128)]
+    assert token == pytest.approx((formula[1] - formula[0]) / 64, rel=5e-3)
+    assert many_held == pytest.approx(formula[1], rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["debug", "debug-i2v", "debug-vace"])
+def test_bytes_kept_by_the_other_models(name: str) -> None:
+    """Image branch and control blocks too: what eight blocks keep more than four."""
+    config = replace(get_variant(name).config, dim=384, ffn_dim=1024, num_heads=6)
+    deep = replace(config, num_layers=8, vace_layers=(0, 2, 4, 6) if config.vace_layers else ())
+    config = replace(deep, num_layers=4, vace_layers=deep.vace_layers[:2])
+    inputs = random_inputs(deep, batch=1, latent=(3, 16, 16), seed=1)
+    for policy in recompute.POLICIES:
+        kept = []
+        for each in (config, deep):
+            model = WanModel(each, recompute=policy)
+            kept.append(kept_bytes(model, lambda model=model: inputs.ours(model)))
+        formula = cost.activation_bytes(model_shape(config), 192, policy, bytes_per_element=4)
+        assert kept[1] - kept[0] == pytest.approx(formula, rel=0.02), policy
+
+
+def test_offloaded_activations_leave_nothing_but_the_small_inputs_on_the_device() -> None:
+    """On a CPU too the parked copies are other memory: what autograd and the slots hold are those."""
+    parked: list[Tensor] = []
+    park = recompute.park
+
+    def noted(x: Tensor) -> tuple[Tensor, torch.device]:
+        held = park(x)
+        parked.append(held[0])
+        return held
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recompute, "park", noted)
+        gradients(replace(TINY, num_layers=3), "attention", offload=True)
+    # x, the attention's output and its log-sum-exp, of each block.
+    assert [tuple(x.shape) for x in parked] == [(2, 45, 48), (2, 45, 2, 24), (2, 2, 45)] * 3
+
+
+# --- products repeated ---
+
+
+def attention_flops(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(q, k, v))
+
+
+def attention_backward_flops(dout: tuple[int, ...], q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_backward_flop_count(dout, q, k, v))
+
+
+CPU_ATTENTION: dict[Any, Any] = {  # torch counts this kernel as nothing
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
+}
+
+
+def count_flops(config: WanConfig, policy: str, inputs: Inputs) -> tuple[int, int]:
+    """Return the FLOPs of forward and of backward with whatever it recomputes."""
+    model = random_model(config, seed=1, recompute=policy)
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as forward:
+        out = inputs.ours(model)
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as backward:
+        out.sum().backward()
+    return forward.get_total_flops(), backward.get_total_flops()
+
+
+@pytest.mark.parametrize("name", ["debug", "debug-i2v", "debug-vace"])
+def test_flops_of_every_policy(name: str) -> None:
+    config = get_variant(name).config
+    inputs = random_inputs(config, batch=1, latent=(3, 8, 6), seed=1)
+    shape, tokens = model_shape(config), 36
+    backward = cost.backward_flops(shape, tokens)
+    for policy in ("none", "selective", "attention", "full", "full:1", "attention:2"):
+        kind, _, layers = policy.partition(":")
+        found = count_flops(config, policy, inputs)
+        repeated = cost.recompute_flops(shape, tokens, kind, int(layers) if layers else None)
+        assert found[0] == pytest.approx(cost.forward_flops(shape, tokens), rel=1e-3), policy
+        assert found[1] == pytest.approx(backward + repeated, rel=1e-3), policy
+
+
+# --- errors ---
+
+
+def test_the_stand_in_has_the_wanted_row_sums() -> None:
+    dout = torch.randn(2, 5, 3, 8, dtype=torch.float64)
+    dout[0, 0], dout[1, 1] = 0, 1e-200
+    row = torch.randn(2, 5, 3, 1, dtype=torch.float64) * dout.norm(dim=-1, keepdim=True)
+    found = row_stand_in(dout, row)
+    torch.testing.assert_close((dout * found).sum(-1, keepdim=True), row, rtol=1e-12, atol=1e-199)
+    assert found.isfinite().all()
+
+
+@pytest.mark.parametrize("policy", ["attention", "selective"])
+def test_a_kernel_without_log_sum_exp_is_refused(policy: str) -> None:
+    math = MathAttention("math")
+    model = WanModel(TINY, attention=PackageAttention("package", math), recompute=policy)
+    with pytest.raises(ValueError, match="keeping an attention's result needs a kernel with forward_lse"):
+        random_inputs(TINY, batch=1, latent=(1, 4, 4), seed=2).ours(model)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "full:",
+        "full:7",
+        "full:-1",
+        "full:1.0",
+        "half",
+        "full:²",
+        "FULL",
+        "full,none",
+        "full:4,none:3",
+        ",",
+    ],
+)
+def test_an_unknown_policy_is_answered_with_the_legal_ones(text: str) -> None:
+    with pytest.raises(ValueError, match="legal: none, selective, attention, full, each also as full:K"):
+        parse_recompute(text, 6)
+
+
+def test_policies_are_spread_in_order() -> None:
+    assert parse_recompute("full:2,attention:1", 5).policies == ("full", "full", "attention", "none", "none")
+    assert parse_recompute("full:2,selective", 4).split == [("full", 2), ("selective", 2)]
+    assert parse_recompute("none:1,full", 3).ranges == [("none", 0, 1), ("full", 1, 3)]
+    assert parse_recompute("full:0", 2).policies == ("none", "none")
+    with pytest.raises(ValueError, match="offloading what is kept needs selective, attention or full"):
+        parse_recompute("full:0", 2, offload=True)
+    assert not parse_recompute("full", 2).needs_lse and parse_recompute("attention:1,full", 2).needs_lse
+    assert Keep().cross_attention(torch.ones(1), torch.ones(1), torch.ones(1), lambda q, k, v: v).item() == 1
