@@ -214,6 +214,46 @@ def test_flops_of_every_policy(name: str) -> None:
         assert found[1] == pytest.approx(backward + repeated, rel=1e-3), policy
 
 
+# --- over ranks ---
+
+
+@pytest.fixture(scope="module")
+def four() -> list[dict[str, Any]]:
+    return run_distributed("tests.models.recompute_workers:everything", 4, timeout=150)
+
+
+def test_no_layout_changes_a_recomputed_number(four: list[dict[str, Any]]) -> None:
+    for rank in four:
+        cases = {name: errors for part in rank["parity"] for name, errors in part.items()}
+        assert len(cases) == 4 * 2 * 3
+        assert not [(name, errors) for name, errors in cases.items() if not max(errors) < 1e-11]
+
+
+def test_bytes_on_the_wire_of_every_policy(four: list[dict[str, Any]]) -> None:
+    for rank in four:
+        assert len(rank["wire"]) == 3 * 4 * 2
+        for found in rank["wire"]:
+            assert found["forward"] == found["forward_formula"] > 0, found["name"]
+            assert found["backward"] == found["backward_formula"] > 0, found["name"]
+
+
+def test_kernels_run_once_where_their_result_is_kept(four: list[dict[str, Any]]) -> None:
+    """A block has a cross-attention kernel and as many self-attention kernels as its ring has blocks."""
+    for rank in four:
+        for found in rank["wire"]:
+            policy, ring = found["name"].split()[0], int(found["name"].split()[2].strip(")"))
+            repeated = {"none": 0, "selective": 0, "attention": 1, "full": 1 + ring}[policy]
+            assert found["kernels"] == 1 + ring + repeated, found["name"]
+
+
+def test_kept_bytes_divide_by_the_ranks(four: list[dict[str, Any]]) -> None:
+    for rank in four:
+        for found in rank["kept"]:
+            assert found["here"] == pytest.approx(found["formula"], rel=0.02), found["name"]
+            if found["policy"] in ("full", "attention"):
+                assert found["here"] * 4 == pytest.approx(found["single"], rel=0.05), found["name"]
+
+
 # --- errors ---
 
 

@@ -13,7 +13,6 @@ from torch.utils._pytree import tree_leaves
 
 from megawan.models.initial import InitialWeights, initial_tensor, initialise_
 from megawan.models.precision import WideLinear, gated_add, modulated_norm
-from megawan.models.recompute import parse_recompute
 from megawan.models.variants import VARIANTS, WanConfig, get_variant
 from megawan.models.wan import (
     WanModel,

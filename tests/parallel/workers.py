@@ -21,6 +21,7 @@ from megawan.parallel import ring as ring_module
 from megawan.parallel.context import ContextParallel
 from megawan.parallel.topology import Topology
 from megawan.rng import generator_at
+from tests.parallel.wire import Wire
 
 BATCH, WIDTH = 2, 8
 TIMEOUT_S = 60.0
@@ -236,38 +237,20 @@ def sent_bytes(
 ) -> dict[str, float]:
     """Return the bytes that this rank sends to attend once, forward and backward, and in how many calls."""
     context = contexts.get(ulysses, ring)
-    sent = 0.0
-    calls = 0
-    real_all_to_all, real_batch = dist.all_to_all_single, dist.batch_isend_irecv
-
-    def all_to_all_single(output: Tensor, x: Tensor, group: dist.ProcessGroup) -> Any:
-        nonlocal sent, calls
-        sent += x.numel() * x.element_size() * (group.size() - 1) / group.size()
-        calls += 1
-        return real_all_to_all(output, x, group=group)
-
-    def batch_isend_irecv(operations: list[dist.P2POp]) -> Any:
-        nonlocal sent, calls
-        sent += sum(x.tensor.numel() * x.tensor.element_size() for x in operations if x.op is dist.isend)
-        calls += 1
-        return real_batch(operations)
-
     kind = getattr(torch, dtype)
     kernel = select_attention("auto", "cpu", kind, head_dim=WIDTH, need_lse=context.ring_size > 1)
     shape = (1, context.local_length(length), heads, WIDTH)
     q, k, v = (torch.ones(shape, dtype=kind, requires_grad=True) for _ in range(3))
-    with (
-        mock.patch.object(dist, "all_to_all_single", all_to_all_single),
-        mock.patch.object(dist, "batch_isend_irecv", batch_isend_irecv),
-    ):
+    with Wire() as wire:
         out = context.attend(q, k, v, kernel, length)
-        forward, forward_calls = sent, calls
+        forward, forward_calls = wire.take()
         torch.autograd.grad(out.sum(), (q, k, v))
+        backward, backward_calls = wire.take()
     return {
         "forward": forward,
-        "backward": sent - forward,
+        "backward": backward,
         "forward_calls": forward_calls,
-        "backward_calls": calls - forward_calls,
+        "backward_calls": backward_calls,
     }
 
 
