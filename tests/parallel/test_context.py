@@ -20,7 +20,13 @@ BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
 
 
 def case(
-    ulysses: int, ring: int, length: int, heads: int, kernel: str = "auto", dtype: str = "float64"
+    ulysses: int,
+    ring: int,
+    length: int,
+    heads: int,
+    kernel: str = "auto",
+    dtype: str = "float64",
+    kept: str = "",
 ) -> dict[str, Any]:
     return {
         "ulysses": ulysses,
@@ -29,6 +35,7 @@ def case(
         "heads": heads,
         "kernel": kernel,
         "dtype": dtype,
+        "kept": kept,
     }
 
 
@@ -46,7 +53,13 @@ def cases(world_size: int) -> list[dict[str, Any]]:
     rounded = [
         case(u, r, 13, 4, dtype=dtype) for u, r in layouts(world_size) for dtype in ("float32", "bfloat16")
     ]
-    return every + written_out + rounded
+    kept = [
+        case(u, r, length, 2 * u, dtype=dtype, kept=kept)
+        for u, r in layouts(world_size)
+        for kept in ("result", "exchanged")
+        for length, dtype in ((13, "float64"), (5, "float64"), (13, "float32"), (13, "bfloat16"))
+    ]
+    return every + written_out + rounded + kept
 
 
 def wires(world_size: int) -> list[dict[str, Any]]:
@@ -128,12 +141,13 @@ def test_collectives_match_finite_differences(two: list[dict[str, Any]]) -> None
         assert max(rank["differences"].values()) < 1e-8, rank["differences"]
 
 
-@pytest.mark.parametrize("fault", ["strided output", "padding attended", "no rescale"])
+@pytest.mark.parametrize("fault", ["strided output", "padding attended", "no rescale", "no row sums"])
 def test_the_parity_check_catches(two: list[dict[str, Any]], fault: str) -> None:
     """A fault of the kind that trains for weeks unseen; without it the same case agrees."""
     for rank in two:
         assert agrees(rank["mutations"]["healthy ulysses"], "float64")
         assert agrees(rank["mutations"]["healthy ring"], "float64")
+        assert agrees(rank["mutations"]["healthy kept"], "float64")
         errors = rank["mutations"][fault]
         assert not agrees(errors, "float64") and max(errors.values()) > 1e-2
 
@@ -186,13 +200,14 @@ def test_the_example_in_the_documentation_prints_what_it_says(tmp_path: Path) ->
 
 def test_what_cannot_work_says_so_on_every_rank(two: list[dict[str, Any]]) -> None:
     for rank in two:
-        kernel, heads, local, gathered, rows, lengths, world = rank["refusals"]
+        kernel, heads, local, gathered, kept, rows, lengths, world = rank["refusals"]
         assert kernel.startswith("ring_size 2 needs an attention kernel with forward_lse and backward")
         assert heads == "5 heads do not divide by ulysses_size 2"
         assert local.startswith(
             "dimension 1 of (1, 3, 4, 8) must be 4: a rank's share of 7 tokens over 2 ranks"
         )
         assert gathered.startswith("dimension 1 of (1, 3, 4, 8) must be 5")
+        assert kept.startswith("keeping an attention's result needs a kernel with forward_lse and backward")
         assert rows == "the first dimension of (3, 2) must be 2, a row for each rank"
         assert "has 3 queries and 3 keys, but the ring's lengths are [4, 2]" in lengths
         assert world == "a topology of 4 ranks needs a world of that size, not 2"

@@ -8,6 +8,7 @@ import datetime
 import io
 import runpy
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from megawan.models.attention import MathAttention, select_attention
 from megawan.parallel import collectives
+from megawan.parallel import kept as kept_module
 from megawan.parallel import ring as ring_module
 from megawan.parallel.context import ContextParallel
 from megawan.parallel.topology import Topology
@@ -90,6 +92,7 @@ def parity(contexts: Contexts, cases: list[dict[str, Any]]) -> list[dict[str, fl
             length=case["length"],
             heads=case["heads"],
             kernel_name=case["kernel"],
+            kept=case["kept"],
             dtype=getattr(torch, case["dtype"]),
         )
         for case in cases
@@ -102,10 +105,12 @@ def attention_errors(
     length: int,
     heads: int,
     kernel_name: str = "auto",
+    kept: str = "",
     dtype: torch.dtype = torch.float64,
 ) -> dict[str, float]:
     """Return the relative errors (largest difference over largest value) of attend, forward and backward.
 
+    kept: "result" or "exchanged": what is differentiated is a second pass that finds the first one's result.
     Each rank's loss is its own tokens' output times a fixed weight; the ranks' gradients sum to the whole.
     """
     shape = (BATCH, length, heads, WIDTH)
@@ -119,10 +124,16 @@ def attention_errors(
     expected_grads = torch.autograd.grad((expected * weight.double()).sum(), reference)
 
     inputs = [x.clone().requires_grad_() for x in (q, k, v)]
-    need_lse = context.ring_size > 1
+    need_lse = context.ring_size > 1 or bool(kept)
     kernel = select_attention(kernel_name, "cpu", dtype, head_dim=WIDTH, need_lse=need_lse)
     local_q, local_k, local_v = (context.shard(x) for x in inputs)
-    local = context.attend(local_q, local_k, local_v, kernel, length)
+    if kept:
+        box = Box(kept == "exchanged")
+        with torch.no_grad():
+            context.attend(local_q, local_k, local_v, kernel, length, box)
+        local = context.attend(local_q, local_k, local_v, NoForward(kernel), length, box)
+    else:
+        local = context.attend(local_q, local_k, local_v, kernel, length)
     grads = torch.autograd.grad((local * context.shard(weight)).sum(), inputs)
     errors = {"out": relative_error(context.gather(local.detach(), length), expected)}
     for name, grad, wanted in zip("qkv", grads, expected_grads, strict=True):
@@ -131,6 +142,34 @@ def attention_errors(
     start, stop = context.local_range(length)
     errors["padding"] = float(local.detach()[:, stop - start :].abs().max()) if stop - start < here else 0.0
     return errors
+
+
+@dataclass
+class Box:
+    """Where an attention's first pass leaves its result."""
+
+    exchanged: bool
+    held: tuple[Tensor, ...] | None = None
+
+    def read(self) -> tuple[Tensor, ...] | None:
+        return self.held
+
+    def write(self, *tensors: Tensor) -> None:
+        assert self.held is None and not any(x.requires_grad for x in tensors)
+        self.held = tensors
+
+
+class NoForward:
+    """A kernel that must not compute again."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.backward = kernel.backward
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        raise AssertionError("the kernel ran again")
+
+    def forward_lse(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        raise AssertionError("the kernel ran again")
 
 
 def summed(x: Tensor, context: ContextParallel) -> Tensor:
@@ -201,12 +240,15 @@ def mutations(contexts: Contexts, length: int, heads: int) -> dict[str, dict[str
     found = {
         "healthy ulysses": attention_errors(ulysses, length=length, heads=heads),
         "healthy ring": attention_errors(ring, length=length, heads=heads),
+        "healthy kept": attention_errors(ulysses, length=length, heads=heads, kept="result"),
         "padding attended": attention_errors(PaddingAttended(ulysses), length=length, heads=heads),
     }
     with mock.patch.object(collectives, "exchange_rows", strided_exchange):
         found["strided output"] = attention_errors(ulysses, length=length, heads=heads)
     with mock.patch.object(ring_module, "merge", unscaled_merge):
         found["no rescale"] = attention_errors(ring, length=length, heads=heads)
+    with mock.patch.object(kept_module, "row_stand_in", unscaled_stand_in):
+        found["no row sums"] = attention_errors(ulysses, length=length, heads=heads, kept="result")
     return found
 
 
@@ -222,14 +264,19 @@ def unscaled_merge(out: Tensor, lse: Tensor, block: Tensor, block_lse: Tensor) -
     return (out + block) / 2, torch.logaddexp(lse, block_lse)
 
 
+def unscaled_stand_in(dout: Tensor, row: Tensor) -> Tensor:
+    """The fault: the gradient itself stands in for the output of which only a row sum is known."""
+    return dout
+
+
 class PaddingAttended(ContextParallel):
     """The fault: the padded tokens take part as keys, as if the sequence had no end."""
 
     def __init__(self, healthy: ContextParallel) -> None:
         super().__init__(healthy._cp_group, healthy._ulysses_group, healthy._ring_group)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, kernel: Any, length: int) -> Tensor:
-        return super().attend(q, k, v, kernel, self.local_length(length) * self.size)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, kernel: Any, length: int, kept: Any = None) -> Tensor:
+        return super().attend(q, k, v, kernel, self.local_length(length) * self.size, kept)
 
 
 def sent_bytes(
@@ -301,6 +348,7 @@ def refusals(contexts: Contexts) -> list[str]:
         lambda: ulysses.attend(odd, odd, odd, kernel, 6),
         lambda: ulysses.attend(even, even, even, kernel, 7),
         lambda: ulysses.gather(even, 9),
+        lambda: ulysses.attend(even, even, even, lambda q, k, v: q, 6, Box(False)),
         lambda: collectives.all_to_all(torch.zeros(3, 2), group),
         lambda: ring_module.ring_attention(even, even, even, kernel, group, [4, 2]),
         lambda: ContextParallel.create(Topology(4, 2, 1), contexts.rank, TIMEOUT_S),
