@@ -132,3 +132,45 @@ def kept(context: ContextParallel, policy: str) -> dict[str, Any]:
         model_shape(ROOMY), 256, policy, cp_size=context.size, ulysses_degree=context.ulysses_size
     )
     return {"name": f"{policy} {context.ulysses_size} x {context.ring_size}", "policy": policy, **found}
+
+
+def sharded(cases: dict[str, list[str]]) -> dict[str, tuple[list[float], list[float]]]:
+    """Return per case the losses and gradient norms of two DeepSpeed steps with these flags."""
+    from megawan import engine as engines
+    from megawan.dist import environment, initialize, shutdown
+    from megawan.metrics import LossMeter
+    from megawan.models.wan import LEAF_MODULES
+    from megawan.train import make_batches, train_step
+    from tests.training import LivelyWeights, plan_of
+
+    place, device = environment(), torch.device("cpu")
+    initialize(place, device, TIMEOUT_S)
+    found = {}
+    for name, argv in cases.items():
+        plan = plan_of(place.world_size, *argv, "--steps", "2")
+        asked, wan = plan.config.model, plan.variant.config
+        kernel = select_attention("auto", "cpu", torch.float32, head_dim=wan.head_dim, need_lse=plan.need_lse)
+
+        def make() -> WanModel:
+            return WanModel(
+                wan,  # noqa: B023
+                attention=kernel,  # noqa: B023
+                recompute=plan.recompute,  # noqa: B023
+                offload=asked.offload_activations,  # noqa: B023
+                compiled=asked.compile,  # noqa: B023
+            )
+
+        model = engines.build_model(make, plan.deepspeed, device)
+        engine = engines.initialize(model, LEAF_MODULES, plan.deepspeed, plan.config.optim, plan.steps)
+        weights = LivelyWeights(wan, plan.config.seed)
+        engines.load_weights(engine, weights, lambda: None)
+        context = ContextParallel.create(plan.topology, place.rank, TIMEOUT_S)
+        batches, meter, losses, norms = make_batches(plan, 0), LossMeter(device), [], []
+        for _ in range(2):
+            train_step(engine, engines, plan, context, next(batches), meter)
+            losses.append(meter.read()[0])
+            norms.append(engines.grad_norm(engine))
+        found[name] = losses, norms
+        engine.destroy()
+    shutdown()
+    return found

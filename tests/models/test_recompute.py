@@ -254,6 +254,34 @@ def test_kept_bytes_divide_by_the_ranks(four: list[dict[str, Any]]) -> None:
                 assert found["here"] * 4 == pytest.approx(found["single"], rel=0.05), found["name"]
 
 
+SHARDED = {
+    f"{policy} {' '.join(more)}": ["--parallel.ulysses_degree", "2", "--model.recompute", policy, *more]
+    for policy, more in (
+        ("none", ()),
+        ("full", ()),
+        ("attention", ("--model.offload_activations",)),
+        ("selective", ()),
+        ("full:1,selective", ("--model.offload_activations",)),
+        ("none", ("--model.compile",)),
+        ("full", ("--model.compile",)),
+        ("attention", ("--model.compile",)),
+        ("selective", ("--model.compile", "--model.offload_activations")),
+    )
+}
+
+
+def test_zero_3_trains_alike_under_every_policy_compiled_or_not() -> None:
+    ranks = run_distributed(
+        "tests.models.recompute_workers:sharded", 2, arguments={"cases": SHARDED}, timeout=170
+    )
+    for rank in ranks:
+        losses, norms = rank["none "]
+        assert len(rank) == len(SHARDED) and losses[0] != losses[1] and min(norms) > 0
+        for name, found in rank.items():
+            assert found[0] == pytest.approx(losses, rel=1e-5), name
+            assert found[1] == pytest.approx(norms, rel=1e-5), name
+
+
 # --- errors ---
 
 
