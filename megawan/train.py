@@ -66,6 +66,7 @@ def run(plan: Plan, device: torch.device) -> None:
     for line in plan.describe():
         dist.say(line)
     dist.require_agreement("configuration", str(config.to_dict(options)))
+    dist.require_agreement("recompute policy", plan.recompute)  # auto looks at this rank's own GPU
     warning = dist.PreemptionWarning(options.dist_timeout)
     resume_from = choose_start(folder, options)
 

@@ -26,7 +26,8 @@ POLICIES = ("none", "selective", "attention", "full")
 """From the one that keeps most to the one that recomputes most."""
 LEGAL = (
     "none, selective, attention, full, each also as full:K for the first K blocks, joined by commas"
-    " (attention:24,selective: the first 24 blocks attention, the others selective)"
+    " (attention:24,selective: the first 24 blocks attention, the others selective); for a run also"
+    " auto"
 )
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -223,8 +224,8 @@ def parse_recompute(text: str, num_layers: int, offload: bool = False) -> Recomp
         whole = not colon and place == len(parts) - 1
         if policy not in POLICIES or not (whole or (count.isdecimal() and int(count) <= rest)):
             raise ValueError(
-                f"recompute {text!r} is not legal for {num_layers} blocks; legal: {LEGAL}; K from 0 to"
-                f" {num_layers}, together too"
+                f"recompute {text!r} is not legal for {num_layers} blocks; legal: {LEGAL}; the Ks"
+                f" together at most {num_layers}"
             )
         policies += [policy] * (rest if whole else int(count))
     policies += ["none"] * (num_layers - len(policies))

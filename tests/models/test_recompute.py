@@ -1,6 +1,7 @@
 """Recompute policies: no number changes; bytes kept, products repeated and bytes sent are counted."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import pytest
@@ -98,46 +99,82 @@ def test_nothing_is_kept_where_no_gradient_is_asked() -> None:
 # --- bytes kept ---
 
 
-def block_kept(policy: str, tokens: int) -> tuple[int, int]:
-    """Return what one bfloat16 block of Wan 1.3B's sizes keeps: by autograd's hooks, by the allocator."""
-    block = WanBlock(WIDE).bfloat16()
-    for parameter in block.parameters():
-        nn.init.normal_(parameter, std=0.02)
-    kernel = select_attention("auto", "cpu", torch.bfloat16, head_dim=WIDE.head_dim, need_lse=True)
-    rope = RopeTables(WIDE.head_dim).rows(
-        (1, 1, tokens), 0, tokens, tokens, torch.device("cpu"), torch.float32
-    )
-    layout = TokenLayout(tokens, 0, rope, ContextParallel.single(), kernel)
-    text = torch.randn(1, WIDE.text_len, WIDE.dim).bfloat16().requires_grad_()
-    e0 = torch.randn(1, 1, 6, WIDE.dim, requires_grad=True)
-    x = torch.randn(1, tokens, WIDE.dim).bfloat16().requires_grad_()
-    plan = parse_recompute(policy, 1)
+class OneBlock:
+    """A bfloat16 block with a video of `tokens` tokens."""
 
-    def call() -> Tensor:
-        out: Tensor = plan.run(0, block, x, text, None, e0, layout)
+    def __init__(self, config: WanConfig, policy: str, tokens: int) -> None:
+        self.block = WanBlock(config).bfloat16()
+        for parameter in self.block.parameters():
+            nn.init.normal_(parameter, std=0.02)
+            parameter.grad = torch.zeros_like(parameter)
+        kernel = select_attention("auto", "cpu", torch.bfloat16, head_dim=config.head_dim, need_lse=True)
+        self.rope = RopeTables(config.head_dim).rows(
+            (1, 1, tokens), 0, tokens, tokens, torch.device("cpu"), torch.float32
+        )
+        self.layout = TokenLayout(tokens, 0, self.rope, ContextParallel.single(), kernel)
+        self.text = torch.randn(1, config.text_len, config.dim).bfloat16().requires_grad_()
+        self.e0 = torch.randn(1, 1, 6, config.dim, requires_grad=True)
+        self.x = torch.randn(1, tokens, config.dim).bfloat16().requires_grad_()
+        self.recompute = parse_recompute(policy, 1)
+
+    def forward(self) -> Tensor:
+        out: Tensor = self.recompute.run(0, self.block, self.x, self.text, None, self.e0, self.layout)
         return out
 
-    tables = 2 * rope[0].untyped_storage().nbytes() if policy == "none" else 0
-    counted = kept_bytes(block, call) - tables
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as allocations:
-        out = call()
+    def counted(self) -> int:
+        """Return what autograd's hooks and the slots hold after a forward pass."""
+        tables = sum(table.untyped_storage().nbytes() for table in self.rope)
+        return kept_bytes(self.block, self.forward) - (tables if self.recompute.policies == ("none",) else 0)
+
+    def held(self) -> int:
+        """Return what a forward pass allocates and does not free, its output included."""
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as allocations:
+            out = self.forward()
+        del out
+        return sum(allocated(allocations))
+
+    def peak(self) -> int:
+        """Return the most that a backward pass holds beyond what was held before it."""
+        out = self.forward()
+        gradient = torch.ones_like(out)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as allocations:
+            out.backward(gradient)
+        return max(itertools.accumulate(allocated(allocations)))
+
+
+def allocated(allocations: profile) -> list[int]:
+    """Return the bytes of each allocation, negative for a release, in time's order."""
+    assert allocations.profiler is not None and allocations.profiler.kineto_results is not None
     events = allocations.profiler.kineto_results.events()
-    held = sum(event.nbytes() for event in events if event.name() == "[memory]")
-    del out
-    return counted, held
+    return [
+        event.nbytes() for event in sorted(events, key=lambda x: x.start_ns()) if event.name() == "[memory]"
+    ]
 
 
 @pytest.mark.parametrize("policy", recompute.POLICIES)
 def test_bytes_kept_for_a_token_and_layer(policy: str) -> None:
     """The text's share is constant, so that the difference of two lengths is what a token costs."""
-    (few, few_held), (many, many_held) = block_kept(policy, 64), block_kept(policy, 128)
-    token = (many - few) / 64
+    few, many = OneBlock(WIDE, policy, 64), OneBlock(WIDE, policy, 128)
+    token = (many.counted() - few.counted()) / 64
     assert token <= LIMITS[policy] * VECTOR
     # The allocator counts the output and not the input, which are one vector each.
-    assert (many_held - few_held) / 64 == pytest.approx(token, rel=1e-3)
+    held = many.held()
+    assert (held - few.held()) / 64 == pytest.approx(token, rel=1e-3)
     formula = [cost.activation_bytes(model_shape(WIDE), tokens, policy) for tokens in (64, 128)]
     assert token == pytest.approx((formula[1] - formula[0]) / 64, rel=5e-3)
-    assert many_held == pytest.approx(formula[1], rel=0.02)
+    assert held == pytest.approx(formula[1], rel=0.02)
+
+
+@pytest.mark.parametrize("policy", ["selective", "attention", "full"])
+def test_bytes_at_work_in_a_recomputed_block(policy: str) -> None:
+    """The formula is an upper bound, and no more than a tenth above."""
+    config = replace(WIDE, dim=384, ffn_dim=2240, num_heads=3)
+    token = (OneBlock(config, policy, 1024).peak() - OneBlock(config, policy, 512).peak()) / 512
+    formula = [
+        cost.block_working_bytes(model_shape(config), tokens, policy, bytes_per_element=2)
+        for tokens in (512, 1024)
+    ]
+    assert 0.9 * (formula[1] - formula[0]) / 512 < token <= (formula[1] - formula[0]) / 512
 
 
 @pytest.mark.parametrize("name", ["debug", "debug-i2v", "debug-vace"])
