@@ -416,8 +416,8 @@ def ring_bytes(
     """Return the bytes one rank sends in one block's forward: its keys and values, ring_degree − 1 times.
 
     After the head exchange of Ulysses a rank has N/R tokens of d/U columns, as many elements as before it. At
-    equal degree P a ring sends P/2 times what Ulysses does. Its backward sends about twice as much again,
-    because the gradients of keys and values travel too.
+    equal degree P a ring sends P/2 times what Ulysses does. Where the ranks do not divide the tokens this
+    counts padding, which a ring does not send.
     """
     local = local_tokens(tokens, ulysses_degree * ring_degree) * shape.dim * bytes_per_element
     return 2 * local * (ring_degree - 1)

@@ -138,12 +138,12 @@ def test_a_kernel_says_what_it_is() -> None:
         (
             ("sdpa_cudnn", "cuda", torch.float32, 128, True, HOPPER),
             "attention 'sdpa_cudnn' takes bfloat16 or float16, not float32;"
-            " legal for float32 on cuda, head width 128, with a ring: auto, math",
+            " legal for float32 on cuda, head width 128, with log-sum-exp: auto, math",
         ),
         (
             ("sdpa", "cuda", torch.bfloat16, 128, True, HOPPER),
-            "attention 'sdpa' gives no log-sum-exp, which ring_degree > 1 needs;"
-            " legal for bfloat16 on cuda, head width 128, with a ring: auto, sdpa_cudnn, sdpa_flash, math",
+            "attention 'sdpa' gives no log-sum-exp, which a ring and recompute attention or selective need;"
+            " legal for bfloat16 on cuda, head width 128, with log-sum-exp: auto, sdpa_cudnn, sdpa_flash, math",
         ),
         (
             ("sdpa_cudnn", "cuda", torch.bfloat16, 192, False, HOPPER),
