@@ -53,10 +53,13 @@ class Plan:
         return self.topology.ring_degree > 1 or self._recompute.needs_lse
 
     @property
+    def offload(self) -> bool:
+        """Whether kept activations wait in CPU memory; not where auto found that nothing is recomputed."""
+        return self.config.model.offload_activations and self.recompute != "none"
+
+    @property
     def _recompute(self) -> Recompute:
-        return parse_recompute(
-            self.recompute, self.variant.config.num_layers, self.config.model.offload_activations
-        )
+        return parse_recompute(self.recompute, self.variant.config.num_layers, self.offload)
 
     @property
     def global_batch(self) -> int:
@@ -92,7 +95,7 @@ class Plan:
             f"data: {self.data.describe()}; {spread} tokens a video",
             f"layout: {layout.world_size} ranks = dp {layout.dp_size} x ring {layout.ring_degree} x ulysses"
             f" {layout.ulysses_degree}; ZeRO stage {self.deepspeed.zero_stage}, {self.deepspeed.precision},"
-            f" recompute {self.recompute}{chosen}{', offloaded' if config.model.offload_activations else ''}"
+            f" recompute {self.recompute}{chosen}{', offloaded' if self.offload else ''}"
             f"{', compiled' if config.model.compile else ''}",
             f"batch: {self.global_batch} videos a step = micro_batch {config.micro_batch} x accumulation"
             f" {config.accumulation} x dp {layout.dp_size}; {self.steps} steps ="

@@ -85,7 +85,7 @@ def run(plan: Plan, device: torch.device) -> None:
                 plan.variant.config,
                 attention=kernel,
                 recompute=plan.recompute,
-                offload=options.model.offload_activations,
+                offload=plan.offload,
                 compiled=options.model.compile,
             ),
             plan.deepspeed,

@@ -45,7 +45,9 @@ def test_a_smaller_budget_recomputes_more_and_offloading_less() -> None:
         shares.append(float(line(auto(budget, *EIGHT, *HD), "memory").split("adds ")[1].split("%")[0]))
     assert shares == sorted(shares) and shares[0] < shares[-1] < 34
     offloaded = auto(45, *EIGHT, *HD, "--model.offload_activations")
-    assert "recompute selective:34 (auto), offloaded" in line(offloaded, "layout")
+    assert "recompute selective:34 (auto), offloaded" in line(offloaded, "layout") and offloaded.offload
+    roomy = auto(126, *EIGHT, *HD, "--model.offload_activations")
+    assert line(roomy, "layout").endswith("recompute none (auto)") and not roomy.offload
 
 
 @pytest.mark.parametrize(

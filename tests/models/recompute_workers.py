@@ -156,7 +156,7 @@ def sharded(cases: dict[str, list[str]]) -> dict[str, tuple[list[float], list[fl
                 wan,  # noqa: B023
                 attention=kernel,  # noqa: B023
                 recompute=plan.recompute,  # noqa: B023
-                offload=asked.offload_activations,  # noqa: B023
+                offload=plan.offload,  # noqa: B023
                 compiled=asked.compile,  # noqa: B023
             )
 

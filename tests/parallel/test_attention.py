@@ -143,7 +143,8 @@ def test_a_kernel_says_what_it_is() -> None:
         (
             ("sdpa", "cuda", torch.bfloat16, 128, True, HOPPER),
             "attention 'sdpa' gives no log-sum-exp, which a ring and recompute attention or selective need;"
-            " legal for bfloat16 on cuda, head width 128, with log-sum-exp: auto, sdpa_cudnn, sdpa_flash, math",
+            " legal for bfloat16 on cuda, head width 128, with log-sum-exp: auto, sdpa_cudnn, sdpa_flash,"
+            " math",
         ),
         (
             ("sdpa_cudnn", "cuda", torch.bfloat16, 192, False, HOPPER),
