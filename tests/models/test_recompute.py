@@ -177,6 +177,25 @@ def test_bytes_at_work_in_a_recomputed_block(policy: str) -> None:
     assert 0.9 * (formula[1] - formula[0]) / 512 < token <= (formula[1] - formula[0]) / 512
 
 
+@pytest.mark.parametrize("policy", ["attention", "full"])
+def test_a_finished_block_leaves_nothing_behind(policy: str) -> None:
+    """A deeper model's peak is higher by what the blocks keep, not by what they hold at work."""
+    peaks = []
+    for layers in (2, 6):
+        config = WanConfig(dim=256, ffn_dim=1024, num_heads=2, num_layers=layers, text_dim=32, text_len=16)
+        model = random_model(config, seed=1, recompute=policy).bfloat16()
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        for height in (32, 64):
+            inputs = random_inputs(config, batch=1, latent=(4, height, 32), seed=1)
+            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as allocations:
+                model(inputs.latents, inputs.timestep, inputs.text).sum().backward()
+            peaks.append(max(itertools.accumulate(allocated(allocations))))
+    shallow, deep = peaks[1] - peaks[0], peaks[3] - peaks[2]
+    vectors = (deep - shallow) / (4 * 16 * 16 * 4) / (2 * 256)  # of each of 1,024 more tokens and 4 blocks
+    assert vectors < LIMITS[policy] + 0.5
+
+
 @pytest.mark.parametrize("name", ["debug", "debug-i2v", "debug-vace"])
 def test_bytes_kept_by_the_other_models(name: str) -> None:
     """Image branch and control blocks too: what eight blocks keep more than four."""
