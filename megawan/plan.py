@@ -5,6 +5,7 @@ Imports neither DeepSpeed nor a process group, so `--dry-run` answers on a lapto
 same plan by itself.
 """
 
+import dataclasses
 import datetime
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from megawan.config import TrainConfig
 from megawan.data.latents import LatentStore
 from megawan.data.synthetic import SyntheticLatents
 from megawan.dist import Environment
-from megawan.flow.loss import FlowMatching
+from megawan.flow.loss import FlowMatching, FlowOptions
 from megawan.models.attention import select_attention
 from megawan.models.recompute import Recompute, parse_recompute
 from megawan.models.variants import CLIP_TOKENS, Variant, WanConfig, get_variant
@@ -185,7 +186,7 @@ def _resolve(config: TrainConfig, place: Environment) -> Plan:
         variant,
         topology,
         data,
-        FlowMatching(config.flow),
+        FlowMatching(expert_flow(config.flow, variant)),
         resolved,
         steps,
         clean_frames,
@@ -199,6 +200,26 @@ def _resolve(config: TrainConfig, place: Environment) -> Plan:
         need_lse=plan.need_lse,
     )
     return plan
+
+
+def expert_flow(flow: FlowOptions, variant: Variant) -> FlowOptions:
+    """Return the noise levels to train: of an A14B expert its own side of the boundary, unless a window is
+    given.
+
+    Raises ValueError for the window of another expert.
+    """
+    if variant.expert is not None and flow.expert not in (None, variant.name):
+        raise ValueError(
+            f"--flow.expert {flow.expert} is not --model.variant {variant.name}; leave --flow.expert out:"
+            " the variant says it"
+        )
+    window = (flow.expert, flow.min_sigma, flow.max_sigma)
+    fractions = (flow.min_timestep_boundary, flow.max_timestep_boundary)
+    if variant.expert is None or any(value is not None for value in (*window, *fractions)):
+        return flow
+    if variant.expert == "high":
+        return dataclasses.replace(flow, min_sigma=variant.boundary)
+    return dataclasses.replace(flow, max_sigma=variant.boundary)
 
 
 def choose_recompute(

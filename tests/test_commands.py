@@ -119,6 +119,13 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return cwd
 
 
+def test_an_expert_trains_its_own_side_of_the_boundary(experts: Path) -> None:
+    assert "ids 0..416 (417 of 1000), sigma 0.875300..1" in (experts / "high.log").read_text()
+    assert "ids 417..999 (583 of 1000), sigma 0.004980..0.874850" in (experts / "low.log").read_text()
+    mixed = command(TRAIN, "--variant", "i2v-A14B-high", "--flow.expert", "i2v-A14B-low", cwd=experts)
+    is_one_line(mixed, "--flow.expert i2v-A14B-low", "i2v-A14B-high")
+
+
 def test_both_experts_of_an_a14b_become_one_model(experts: Path) -> None:
     pair = ("--input", "high", "--low_noise", "low", "--dtype", "float32")
     done = tool("export_checkpoint", *pair, "--output", "d", "--layout", "diffusers", cwd=experts)

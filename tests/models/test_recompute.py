@@ -276,7 +276,7 @@ def test_flops_of_every_policy(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def four() -> list[dict[str, Any]]:
-    return run_distributed("tests.models.recompute_workers:everything", 4, timeout=150)
+    return run_distributed("tests.models.recompute_workers:everything", 4, timeout=280)
 
 
 def test_no_layout_changes_a_recomputed_number(four: list[dict[str, Any]]) -> None:
@@ -329,7 +329,7 @@ SHARDED = {
 
 def test_zero_3_trains_alike_under_every_policy_compiled_or_not() -> None:
     ranks = run_distributed(
-        "tests.models.recompute_workers:sharded", 2, arguments={"cases": SHARDED}, timeout=170
+        "tests.models.recompute_workers:sharded", 2, arguments={"cases": SHARDED}, timeout=290
     )
     for rank in ranks:
         losses, norms = rank["none "]
