@@ -6,12 +6,13 @@ and sha256. Any world size, ZeRO stage or layout reads what any other wrote.
 """
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.distributed as torch_dist
@@ -25,6 +26,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 FORMAT = "megawan-checkpoint"
 VERSION = 1
 _STEP_FOLDER = re.compile(r"step_(\d{7,})")
+_UNFINISHED = re.compile(_STEP_FOLDER.pattern + r"(\.replaced)?\.tmp")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class CheckpointOptions:
     save_every: int = 500
     """Save after every so many optimizer steps, and after the last one; 0 saves only after the last."""
     keep_last: int = 2
-    """How many of the newest checkpoints stay; older ones are deleted after a save succeeded. 0 keeps all."""
+    """How many checkpoints stay: the one just saved and those before it. 0 keeps all."""
     resume: str = "auto"
     """auto: continue from the newest sound checkpoint of --output, else start; must: fail if there is none;
     none: start, and refuse a folder that has checkpoints; or the path of one step folder."""
@@ -82,7 +85,7 @@ def save(root: Path, step: int, pieces: Iterable[Fragment], state: Mapping[str, 
     if dist.is_main():
         try:
             root.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(aside, ignore_errors=True)
+            _remove_unfinished(root)
             aside.mkdir()
         except OSError as error:
             problem = str(error)
@@ -107,7 +110,10 @@ def save(root: Path, step: int, pieces: Iterable[Fragment], state: Mapping[str, 
             f"checkpoint of step {step} was not saved: {problem or 'another rank could not write its part'}"
         )
     if dist.is_main() and keep_last:
-        for old in step_folders(root)[keep_last:]:
+        # Later steps are there when this run was resumed from an older one: they are not this run's to
+        # delete, and must not push out what it has just saved.
+        passed = [folder for folder in step_folders(root) if _step_of(folder) <= step]
+        for old in passed[keep_last:]:
             shutil.rmtree(old, ignore_errors=True)
     return final
 
@@ -119,16 +125,19 @@ def choose(root: Path, resume: str) -> Path | None:
     one, or a path that is damaged. "auto" skips damaged folders, saying so, but refuses to start anew where
     only damaged ones are left: that would silently lose the run.
     """
+    folders = _shared_step_folders(root)
     if resume == "none":
-        if step_folders(root):
+        if folders:
             raise ValueError(
                 f"--resume none, but {root} holds checkpoints; choose another --output or --resume auto"
             )
         return None
     if resume not in ("auto", "must"):
-        verify(Path(resume))
-        return Path(resume)
-    folders = step_folders(root)
+        chosen = Path(resume)
+        verify(chosen)
+        if folders and chosen.resolve() in [folder.resolve() for folder in folders[1:]]:
+            dist.say(f"resume: --resume auto would take the newer {folders[0]}; move it away to leave it")
+        return chosen
     for folder in folders:
         try:
             verify(folder)
@@ -143,25 +152,22 @@ def choose(root: Path, resume: str) -> Path | None:
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """Return the manifest of a step folder after checking every file's size and sha256, the work split over
-    ranks.
+    """Return the manifest of a step folder after checking it, every file's size and sha256, the work split
+    over ranks, and that the files together hold every parameter once.
 
     Raises DamagedCheckpoint, on every rank alike, naming the first file that is missing or differs.
     """
-    manifest = read_manifest(folder)
     parallel = torch_dist.is_initialized()
     rank, world = (torch_dist.get_rank(), torch_dist.get_world_size()) if parallel else (0, 1)
+    manifest: dict[str, Any] = {}
     problem = ""
-    for index, (name, entry) in enumerate(sorted(manifest["files"].items())):
-        file = folder / name
-        if index % world != rank or problem:
-            continue
-        if not file.is_file():
-            problem = f"{file} is missing"
-        elif file.stat().st_size != entry["bytes"]:
-            problem = f"{file} has {file.stat().st_size} bytes, its manifest says {entry['bytes']}"
-        elif sha256(file) != entry["sha256"]:
-            problem = f"{file} does not have the sha256 of its manifest"
+    try:
+        manifest = read_manifest(folder)
+        for name, entry in sorted(manifest["files"].items())[rank::world]:
+            _verify_file(folder / name, entry)
+        StepWeights(folder)
+    except DamagedCheckpoint as error:
+        problem = str(error)
     if parallel and not dist.all_succeeded(not problem):
         problem = problem or f"{folder}: a file that another rank checked is missing or changed"
     if problem:
@@ -170,22 +176,38 @@ def verify(folder: Path) -> dict[str, Any]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the parsed manifest. Raises DamagedCheckpoint when it is absent, not JSON or of another
-    format."""
+    """Return the parsed manifest: its step, world size and files are what `save` writes, the rest is
+    unchecked.
+
+    Raises DamagedCheckpoint when it is absent, not JSON or says anything else.
+    """
     file = folder / "manifest.json"
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DamagedCheckpoint(f"{file}: {error}") from None
+    except RecursionError:
+        raise DamagedCheckpoint(f"{file}: nested too deeply") from None
     if (
         not isinstance(manifest, dict)
         or manifest.get("format") != FORMAT
         or manifest.get("version") != VERSION
     ):
         raise DamagedCheckpoint(f"{file}: not a {FORMAT} of version {VERSION}")
-    for name in manifest["files"]:
-        if Path(name).name != name:
-            raise DamagedCheckpoint(f"{file}: file name {name!r} leaves the folder")
+    step, world, files = (manifest.get(name) for name in ("step", "world_size", "files"))
+    if not _is_count(step) or not _is_count(world) or not isinstance(files, dict):
+        raise DamagedCheckpoint(f"{file}: step, world_size and files are not two numbers and a table")
+    # Names are compared, never followed: one that leaves the folder is not one that `save` writes.
+    if not files or len(files) != world or any(_rank_file(rank) not in files for rank in range(len(files))):
+        raise DamagedCheckpoint(f"{file}: files are not those of {world} ranks")
+    for name, entry in files.items():
+        if not (
+            isinstance(entry, dict)
+            and _is_count(entry.get("bytes"))
+            and isinstance(entry.get("sha256"), str)
+            and _SHA256.fullmatch(entry["sha256"])
+        ):
+            raise DamagedCheckpoint(f"{file}: {name} has no legal bytes and sha256")
     return manifest
 
 
@@ -201,6 +223,7 @@ class StepWeights:
         self._handles: dict[Path, Any] = {}
         for name in sorted(self.manifest["files"]):
             self._index(folder / name)
+        self._require_whole()
 
     def _opened(self, file: Path) -> Any:
         # Headers are parsed once a file, not once a tensor; the bytes are mapped, not read.
@@ -209,14 +232,46 @@ class StepWeights:
         return self._handles[file]
 
     def _index(self, file: Path) -> None:
+        """Add the fragments of one file, each only if the file holds exactly what its table says."""
         try:
-            table = json.loads((self._opened(file).metadata() or {}).get("fragments", "{}"))
+            opened = self._opened(file)
+            table = json.loads((opened.metadata() or {}).get("fragments", "null"))
+            held = set(opened.keys())
         except (OSError, SafetensorError, ValueError) as error:
             raise DamagedCheckpoint(f"{file}: {error}") from None
-        for tensor_name, (start, length, shape) in table.items():
-            kind, name = tensor_name.split("/", 1)
+        except RecursionError:
+            raise DamagedCheckpoint(f"{file}: nested too deeply") from None
+        if not isinstance(table, dict) or table.keys() != held:
+            raise DamagedCheckpoint(f"{file}: its table of fragments does not list its tensors")
+        for tensor_name, entry in table.items():
+            kind, _, name = tensor_name.partition("/")
+            if kind not in ("master", *MOMENTS) or not name or not _is_place(entry):
+                raise DamagedCheckpoint(f"{file}: {tensor_name!r} has no legal place in a parameter")
+            start, length, shape = entry[0], entry[1], tuple(entry[2])
+            tensor = opened.get_slice(tensor_name)
+            if tensor.get_dtype() != "F32" or tensor.get_shape() != [length]:
+                raise DamagedCheckpoint(f"{file}: {tensor_name!r} is not {length} float32 numbers")
+            if self._shapes.setdefault(name, shape) != shape:
+                raise DamagedCheckpoint(f"{file}: {tensor_name!r} has another shape than in other files")
             self._places.setdefault((kind, name), []).append((start, length, file))
-            self._shapes[name] = tuple(shape)
+
+    def _require_whole(self) -> None:
+        """Raise unless the fragments of every parameter's master and moments tile it without gap or
+        overlap."""
+        for name, shape in self._shapes.items():
+            for kind in ("master", *MOMENTS):
+                end = 0
+                for start, length, file in sorted(self._places.get((kind, name), [])):
+                    if start != end and length:
+                        what = "twice" if start < end else "nowhere"
+                        raise DamagedCheckpoint(
+                            f"{file}: element {min(start, end)} of {kind}/{name} is held {what}"
+                        )
+                    end += length
+                if end != math.prod(shape):
+                    raise DamagedCheckpoint(
+                        f"{self.folder}: {kind}/{name} has {end} of {math.prod(shape)} elements"
+                    )
 
     def keys(self) -> list[str]:
         """Return the parameter names (native Wan keys)."""
@@ -238,28 +293,61 @@ class StepWeights:
     def load_range(self, kind: str, name: str, start: int, length: int) -> Tensor:
         """Return elements start .. start + length of a flattened parameter's `kind`, float32 on the CPU.
 
-        Raises DamagedCheckpoint when the files together do not cover them.
+        Raises ValueError when the parameter has no such elements.
         """
-        values, covered = torch.empty(length), 0
+        if name not in self._shapes or not 0 <= start <= start + length <= math.prod(self._shapes[name]):
+            raise ValueError(f"{self.folder}: no elements {start} .. {start + length} of {kind}/{name}")
+        values = torch.empty(length)
         for piece_start, piece_length, file in self._places.get((kind, name), []):
             low, high = max(start, piece_start), min(start + length, piece_start + piece_length)
             if low < high:
                 held = self._opened(file).get_slice(f"{kind}/{name}")
                 values[low - start : high - start] = held[low - piece_start : high - piece_start]
-                covered += high - low
-        if covered != length:
-            raise DamagedCheckpoint(f"{self.folder}: {kind} of {name} covers {covered} of {length} elements")
         return values
 
 
+def _shared_step_folders(root: Path) -> list[Path]:
+    """Return rank 0's list on every rank: a rank whose file system shows another must not choose another."""
+    if not torch_dist.is_initialized():
+        return step_folders(root)
+    names = dist.share_text("/".join(folder.name for folder in step_folders(root)))
+    return [root / name for name in names.split("/") if name]
+
+
+def _verify_file(file: Path, entry: Mapping[str, Any]) -> None:
+    try:
+        size = file.stat().st_size
+        if size != entry["bytes"]:
+            raise DamagedCheckpoint(f"{file} has {size} bytes, its manifest says {entry['bytes']}")
+        if sha256(file) != entry["sha256"]:
+            raise DamagedCheckpoint(f"{file} does not have the sha256 of its manifest")
+    except FileNotFoundError:
+        raise DamagedCheckpoint(f"{file} is missing") from None
+    except OSError as error:
+        raise DamagedCheckpoint(f"{file}: {error}") from None
+
+
+def _is_count(value: Any) -> TypeGuard[int]:
+    return type(value) is int and value >= 0  # JSON's true is an int too
+
+
+def _is_place(entry: Any) -> bool:
+    """Return whether this is [start, length, shape] of a fragment that lies inside its parameter."""
+    if not isinstance(entry, list) or len(entry) != 3 or not isinstance(entry[2], list):
+        return False
+    if not all(_is_count(number) for number in (*entry[:2], *entry[2])):
+        return False
+    return bool(entry[0] + entry[1] <= math.prod(entry[2]))
+
+
 def _write_rank_file(file: Path, pieces: Iterable[Fragment]) -> tuple[bytes, int]:
-    tensors, table = {}, {}
+    tensors: dict[str, Tensor] = {}
+    table: dict[str, tuple[int, int, tuple[int, ...]]] = {}
     for piece in pieces:
         key = f"{piece.kind}/{piece.name}"
-        tensors[key] = piece.values.detach().to("cpu", torch.float32).contiguous()
+        # A copy: views of one flat buffer share storage, which safetensors refuses to save.
+        tensors[key] = piece.values.detach().to("cpu", torch.float32, copy=True).contiguous()
         table[key] = (piece.start, piece.values.numel(), piece.shape)
-    # Views of one flat buffer share storage, which safetensors refuses to save.
-    tensors = {key: value.clone() for key, value in tensors.items()}
     write_tensors(file, tensors, {"fragments": json.dumps(table)})
     return bytes.fromhex(sha256(file)), file.stat().st_size
 
@@ -299,10 +387,24 @@ def _commit(aside: Path, final: Path, manifest: Mapping[str, Any]) -> None:
         # its name.
         shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
-    aside.rename(final)
-    sync(final.parent)
+    try:
+        aside.rename(final)
+        sync(final.parent)
+        write_text(final.parent / "latest", final.name + "\n")
+    except OSError:
+        if not aside.exists():
+            final.rename(aside)
+        if replaced.exists():
+            replaced.rename(final)
+        raise
     shutil.rmtree(replaced, ignore_errors=True)
-    write_text(final.parent / "latest", final.name + "\n")
+
+
+def _remove_unfinished(root: Path) -> None:
+    """Free the disk of what killed saves left, of whatever step."""
+    for path in root.glob("step_*.tmp"):
+        if _UNFINISHED.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _rank_file(rank: int) -> str:

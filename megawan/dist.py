@@ -33,20 +33,23 @@ def environment(variables: Mapping[str, str] | None = None) -> Environment:
     Raises ValueError when a variable is not a whole number or RANK is outside WORLD_SIZE.
     """
     variables = os.environ if variables is None else variables
-    values = {}
-    for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
-        text = variables.get(name, default)
-        if not text.isdecimal():
-            raise ValueError(
-                f"environment variable {name}={text!r} is not a whole number; the launcher must set it"
-            )
-        values[name] = int(text)
-    if values["RANK"] >= values["WORLD_SIZE"]:
-        raise ValueError(f"RANK={values['RANK']} must be below WORLD_SIZE={values['WORLD_SIZE']}")
-    local_world = (
-        variables.get("LOCAL_WORLD_SIZE") or variables.get("LOCAL_SIZE") or str(values["WORLD_SIZE"])
+    rank, world_size, local_rank = (
+        _whole_number(name, variables.get(name, default))
+        for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
     )
-    return Environment(values["RANK"], values["LOCAL_RANK"], values["WORLD_SIZE"], max(1, int(local_world)))
+    if rank >= world_size:
+        raise ValueError(f"RANK={rank} must be below WORLD_SIZE={world_size}")
+    local_name = "LOCAL_WORLD_SIZE" if variables.get("LOCAL_WORLD_SIZE") else "LOCAL_SIZE"
+    local_world = _whole_number(local_name, variables.get(local_name) or str(world_size))
+    return Environment(rank, local_rank, world_size, max(1, local_world))
+
+
+def _whole_number(name: str, text: str) -> int:
+    if not text.isdecimal():
+        raise ValueError(
+            f"environment variable {name}={text!r} is not a whole number; the launcher must set it"
+        )
+    return int(text)
 
 
 def pick_device(local_rank: int) -> torch.device:
@@ -141,14 +144,17 @@ def all_succeeded(ok: bool) -> bool:
 
 
 def share_text(text: str) -> str:
-    """Return rank 0's text on every rank (at most 4,096 bytes of UTF-8)."""
-    buffer = torch.zeros(4096, dtype=torch.uint8)
+    """Return rank 0's text on every rank, whatever its length and characters."""
+    # A path may hold bytes that are no UTF-8; Python keeps them as surrogates.
+    sent = text.encode("utf-8", "surrogatepass")
+    length = torch.tensor(len(sent), device=collective_device())
+    torch_dist.broadcast(length, src=0)
+    buffer = torch.zeros(int(length), dtype=torch.uint8)
     if is_main():
-        encoded = text.encode()
-        buffer[: len(encoded)] = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
+        buffer.copy_(torch.tensor(list(sent), dtype=torch.uint8))
     buffer = buffer.to(collective_device())
     torch_dist.broadcast(buffer, src=0)
-    return bytes(buffer.cpu().tolist()).rstrip(b"\0").decode()
+    return bytes(buffer.cpu().tolist()).decode("utf-8", "surrogatepass")
 
 
 def require_agreement(what: str, text: str) -> None:
@@ -157,7 +163,9 @@ def require_agreement(what: str, text: str) -> None:
 
     One all-gather of 8 bytes a rank: cheap enough for every step, and it turns a later hang into a message.
     """
-    digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
+    digest = int.from_bytes(
+        hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=7).digest(), "little"
+    )
     mine = torch.tensor([digest], dtype=torch.int64, device=collective_device())
     every = [torch.empty_like(mine) for _ in range(torch_dist.get_world_size())]
     torch_dist.all_gather(every, mine)
