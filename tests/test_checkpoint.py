@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from megawan import checkpoint, dist
+from megawan import checkpoint
 from megawan.checkpoint import MOMENTS, CheckpointOptions, DamagedCheckpoint, Fragment, StepWeights
 from tests.checkpoint_workers import SHAPES, flip, pieces, whole
+from tests.dist_workers import world_of_one
 from tests.distributed import run_distributed
 
 KINDS = ("master", *MOMENTS)
@@ -35,12 +36,8 @@ def seen(base: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def alone() -> Iterator[None]:
     """A gloo group of this process alone."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
-            patch.delenv(name, raising=False)
-        dist.initialize(dist.environment({}), torch.device("cpu"), 30)
+    with world_of_one():
         yield
-        dist.shutdown()
 
 
 def test_two_ranks_write_files_with_their_true_hashes(seen: list[dict[str, Any]], base: Path) -> None:

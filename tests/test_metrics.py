@@ -1,0 +1,145 @@
+"""What a run says of itself: means against sums by hand, curves read back from the event files."""
+
+import json
+import os
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megawan import metrics
+from megawan.metrics import SIGMA_BINS, Clock, MetricsOptions, RunLog
+from tests.dist_workers import world_of_one
+from tests.distributed import run_distributed
+from tests.metrics_workers import MICRO_BATCHES, MicroBatch, readings, scalars
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("metrics")
+
+
+@pytest.fixture(scope="module")
+def seen(folder: Path) -> list[dict[str, Any]]:
+    return run_distributed("tests.metrics_workers:cases", 2, arguments={"folder": str(folder)}, timeout=90)
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[None]:
+    """A gloo group of this process alone."""
+    with world_of_one():
+        yield
+
+
+def by_hand(batches: list[MicroBatch]) -> tuple[float, dict[int, float]]:
+    """Return the mean loss over micro-batches and the mean mse of the samples of each tenth of sigma."""
+    bins = defaultdict(list)
+    for _, per_sample, sigma in batches:
+        for value, place in zip(per_sample, sigma, strict=True):
+            bins[min(int(place * SIGMA_BINS), SIGMA_BINS - 1)].append(value)
+    loss = sum(batch[0] for batch in batches) / len(batches)
+    return loss, {place: sum(values) / len(values) for place, values in sorted(bins.items())}
+
+
+def near(reading: tuple[float, dict[int, float]]) -> list[Any]:
+    loss, bins = reading
+    return [pytest.approx(loss, rel=1e-6), pytest.approx(bins, rel=1e-6)]
+
+
+def test_the_meter_reads_means_and_starts_anew(alone: None) -> None:
+    for batches in MICRO_BATCHES:
+        wanted = by_hand(list(batches))
+        assert len(wanted[1]) > 2
+        assert [list(reading) for reading in readings(batches)] == [near(wanted)] * 2
+
+
+def test_the_meter_of_two_ranks_reads_the_mean_of_all_samples(seen: list[dict[str, Any]]) -> None:
+    wanted = by_hand([*MICRO_BATCHES[0], *MICRO_BATCHES[1]])
+    for one in seen:
+        found = [[loss, {int(key): value for key, value in bins.items()}] for loss, bins in one["meter"]]
+        assert found == [near(wanted)] * 2
+
+
+def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Return (step, value) of every curve, as TensorBoard shows them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(one.step, one.value) for one in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_rank_0_alone_writes_curves(seen: list[dict[str, Any]], folder: Path) -> None:
+    assert curves(folder / "log 0" / "tensorboard") == {
+        tag: [(1, value)] for tag, value in scalars(1).items()
+    }
+    assert not (folder / "log 1").exists()
+
+
+def run_log(folder: Path, first: int, stop: int, shift: float = 0.0, last: int = 9) -> None:
+    log = RunLog(folder, MetricsOptions(), first, last)
+    log.text("config", "text", first)
+    for step in range(first + 1, stop + 1):
+        log.step(step, {tag: value + shift for tag, value in scalars(step).items()}, 0.5)
+    log.close()
+
+
+@pytest.mark.parametrize(("stop", "resume"), [(6, 4), (6, 6), (3, 0)])
+def test_a_resume_leaves_no_zig_zag(stop: int, resume: int, tmp_path: Path) -> None:
+    run_log(tmp_path, 0, stop)
+    run_log(tmp_path, resume, 9, shift=100.0)
+    found = curves(tmp_path / "tensorboard")
+    assert found.keys() == scalars(1).keys()
+    for tag, points in found.items():
+        wanted = [(step, scalars(step)[tag] + 100.0 * (step > resume)) for step in range(1, 10)]
+        assert points == wanted
+
+
+def test_the_progress_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = RunLog(tmp_path, MetricsOptions(tensorboard=False), 2, 7203)
+    values = {"train/loss": 0.12345, "train/lr": 1e-5, "train/grad_norm": 2, "perf/tokens_per_s": 12345.6}
+    log.step(3, values, 1.5)
+    log.close()
+    assert capsys.readouterr().out == (
+        "step 3/7203 | loss 0.1235 | lr 1.00e-05 | grad_norm 2.000 | 1.500 s/step | 12,346 tokens/s"
+        " | 3:00:00 left\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_clock_starts_anew_at_every_reading() -> None:
+    clock, before = Clock(), time.perf_counter()
+    clock.add_wait(0.25)
+    clock.add_wait(0.5)
+    time.sleep(0.02)
+    elapsed, waited = clock.read()
+    assert 0.02 <= elapsed <= time.perf_counter() - before + 0.01 and waited == 0.75
+    again, waited = clock.read()
+    assert again < elapsed and waited == 0
+
+
+def test_env_json_holds_nothing_of_the_shells_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGAWAN_TEST_TOKEN", "planted-secret-5a17")
+    text = json.dumps(metrics.describe_environment())
+    assert "planted-secret-5a17" not in text
+    assert not [name for name in os.environ if f'"{name}"' in text]
+    assert {"python", "torch", "cuda", "deepspeed", "host", "gpus"} == json.loads(text).keys()
+
+
+def test_peak_memory_is_in_gib() -> None:
+    status = Path("/proc/self/status").read_text()
+    kibibytes = int(status.partition("VmHWM:")[2].split()[0])
+    found = metrics.peak_memory(torch.device("cpu"))["mem/peak_host_gib"] * 2**20
+    # Not equal: the peak of the process that started this one counts too.
+    assert kibibytes / 2 < found < kibibytes * 50
+
+
+@pytest.mark.parametrize("cadence", [0, -1])
+def test_a_cadence_below_1_is_refused(cadence: int) -> None:
+    metrics.check(MetricsOptions(log_every=1))
+    with pytest.raises(ValueError, match=f"log_every {cadence} must be 1 or more"):
+        metrics.check(MetricsOptions(log_every=cadence))
