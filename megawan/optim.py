@@ -1,5 +1,6 @@
 """Parameter groups, the optimizer registry and the learning-rate schedule."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -39,8 +40,8 @@ class OptimOptions:
 
 def check(options: OptimOptions, steps: int) -> None:
     """Raise ValueError for a value that would silently train something else than asked."""
-    if not options.learning_rate > 0:
-        raise ValueError(f"--optim.learning_rate {options.learning_rate} must be above 0")
+    if not 0 < options.learning_rate < math.inf:
+        raise ValueError(f"--optim.learning_rate {options.learning_rate} must be above 0 and finite")
     if not 0 <= options.warmup_steps <= steps:
         raise ValueError(
             f"--optim.warmup_steps {options.warmup_steps} must lie between 0 and --steps {steps}"
@@ -65,10 +66,11 @@ def check(options: OptimOptions, steps: int) -> None:
     for name, beta in (("beta1", options.beta1), ("beta2", options.beta2)):
         if not 0 <= beta < 1:
             raise ValueError(f"--optim.{name} {beta} must lie in [0, 1)")
-    if options.weight_decay < 0 or options.eps <= 0:
-        raise ValueError(
-            f"--optim.weight_decay {options.weight_decay} must be >= 0 and --optim.eps {options.eps} > 0"
-        )
+    # Written so that nan, which is neither below nor above anything, is refused too.
+    if not 0 <= options.weight_decay < math.inf:
+        raise ValueError(f"--optim.weight_decay {options.weight_decay} must be 0 or more and finite")
+    if not 0 < options.eps < math.inf:
+        raise ValueError(f"--optim.eps {options.eps} must be above 0 and finite")
 
 
 def parameter_groups(
