@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 Frames = np.ndarray  # uint8 [T, H, W, 3]
 
 MARGIN = 8
+GAP = 2
 TEXT_HEIGHT = 18
 
 
@@ -31,12 +32,12 @@ def contact_sheet(
     pixels. Raises ValueError when there is nothing to show or a row has another number of clips than there
     are columns.
     """
-    shapes = [clip.shape for row in rows for clip in row.clips if clip is not None]
-    if not shapes or any(len(row.clips) != len(columns) for row in rows):
+    clips = [clip for row in rows for clip in row.clips if clip is not None]
+    if not all(map(len, clips)) or not clips or any(len(row.clips) != len(columns) for row in rows):
         raise ValueError(
-            f"a contact sheet needs rows of {len(columns)} clips, at least one of them not empty"
+            f"a contact sheet needs rows of {len(columns)} clips with frames, at least one of them not None"
         )
-    width = max(round(shape[2] * cell_height / shape[1]) for shape in shapes)
+    width = max(_width(clip, cell_height) for clip in clips)
     cell = frames_shown * width
     sheet = Image.new(
         "RGB",
@@ -51,7 +52,7 @@ def contact_sheet(
         draw.text((MARGIN + column * (cell + MARGIN), MARGIN // 2), title, fill="black", font=font)
     top = MARGIN + TEXT_HEIGHT
     for row in rows:
-        draw.text((MARGIN, top), row.caption, fill="dimgray", font=font)
+        draw.text((MARGIN, top), " ".join(row.caption.split()), fill="dimgray", font=font)
         top += TEXT_HEIGHT
         for column, clip in enumerate(row.clips):
             if clip is None:
@@ -59,8 +60,13 @@ def contact_sheet(
             left = MARGIN + column * (cell + MARGIN)
             for place, index in enumerate(np.linspace(0, len(clip) - 1, frames_shown).round().astype(int)):
                 picture = Image.fromarray(clip[index]).resize(
-                    (width - 2, cell_height), Image.Resampling.NEAREST
+                    (_width(clip, cell_height) - GAP, cell_height), Image.Resampling.NEAREST
                 )
                 sheet.paste(picture, (left + place * width, top))
         top += cell_height + MARGIN
     return sheet
+
+
+def _width(clip: Frames, cell_height: int) -> int:
+    """Return the pixels that one frame and the gap after it take at this height."""
+    return max(1, round(clip.shape[2] * cell_height / clip.shape[1]) - GAP) + GAP

@@ -9,6 +9,7 @@ from torch import Tensor
 from megawan.checkpoint import StepWeights, step_folders
 from megawan.flow.solver import euler_sample, guided
 from megawan.models.initial import InitialWeights
+from megawan.models.keys import expected_shapes
 from megawan.models.layouts import TensorSource, open_weights
 from megawan.models.variants import WanConfig, get_variant
 from megawan.models.wan import WanModel
@@ -19,12 +20,21 @@ def open_model_weights(path: Path) -> tuple[TensorSource, WanConfig, str]:
     """Return tensors, architecture and variant name of a training checkpoint (step or run folder) or of any
     weights.
 
-    Raises ValueError or FileNotFoundError naming the path when it is neither.
+    Raises ValueError or FileNotFoundError naming the path when it is neither, or when the checkpoint's
+    tensors are not those of its variant.
     """
     step_folder = find_step_folder(path)
     if step_folder is not None:
         saved = StepWeights(step_folder)
-        return saved, get_variant(saved.manifest["variant"]).config, saved.manifest["variant"]
+        variant = get_variant(str(saved.manifest.get("variant")))
+        theirs = {name: saved.shape(name) for name in saved.keys()}
+        wanted = expected_shapes(variant.config)
+        for name in sorted(wanted.keys() | theirs.keys()):
+            if wanted.get(name) != theirs.get(name):
+                raise ValueError(
+                    f"{step_folder}: {name} is {theirs.get(name)}, {variant.name} has {wanted.get(name)}"
+                )
+        return saved, variant.config, variant.name
     opened = open_weights(path)
     return opened, opened.config, opened.variants[0]
 
