@@ -332,12 +332,13 @@ def _is_count(value: Any) -> TypeGuard[int]:
 
 
 def _is_place(entry: Any) -> bool:
-    """Return whether this is [start, length, shape] of a fragment that lies inside its parameter."""
-    if not isinstance(entry, list) or len(entry) != 3 or not isinstance(entry[2], list):
-        return False
-    if not all(_is_count(number) for number in (*entry[:2], *entry[2])):
-        return False
-    return bool(entry[0] + entry[1] <= math.prod(entry[2]))
+    """Return whether this has the form of a fragment's [start, length, shape]."""
+    return (
+        isinstance(entry, list)
+        and len(entry) == 3
+        and isinstance(entry[2], list)
+        and all(_is_count(number) for number in (*entry[:2], *entry[2]))
+    )
 
 
 def _write_rank_file(file: Path, pieces: Iterable[Fragment]) -> tuple[bytes, int]:

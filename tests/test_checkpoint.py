@@ -245,6 +245,9 @@ HOSTILE_TABLES: dict[str, Callable[[Table], Any]] = {
     "shape larger than the pieces": lambda table: {
         key: [0, 1, [2]] if key.endswith("/one") else value for key, value in table.items()
     },
+    "longer than the tensor": lambda table: {
+        key: [0, 2, [2]] if key.endswith("/one") else value for key, value in table.items()
+    },
     "another shape for a moment": lambda table: {**table, "exp_avg/odd": [0, 21, [7, 3]]},
     "kind unknown": lambda table: {
         key.replace("exp_avg_sq/one", "exp/one"): value for key, value in table.items()
@@ -284,6 +287,19 @@ def test_a_file_written_anew_unchanged_is_sound(sound: Path) -> None:
 def test_a_hostile_table_is_refused(name: str, sound: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rewrite(sound, HOSTILE_TABLES[name])
     expect_damage(sound, capsys, "rank_00000|elements")
+
+
+@pytest.mark.parametrize("name", ["momentum/one", "/one", "master/", "master"])
+def test_a_tensor_of_no_kind_or_name_is_refused(
+    name: str, sound: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with safe_open(sound / RANK_0, framework="pt") as opened:
+        tensors = {key: opened.get_tensor(key) for key in opened.keys()}
+        table = json.loads(opened.metadata()["fragments"])
+    table[name] = [0, 1, [1]]
+    save_file({**tensors, name: torch.ones(1)}, sound / RANK_0, {"fragments": json.dumps(table)})
+    vouch(sound)
+    expect_damage(sound, capsys, "no legal place")
 
 
 @pytest.mark.parametrize("text", ["{", "[" * 200_000, "NaN"])
