@@ -34,16 +34,22 @@ SEED = 11
 # would otherwise turn the rounding of a gradient near zero into a whole step of either sign.
 OPTIM = OptimOptions(learning_rate=1e-2, weight_decay=0.1, eps=1e-4, grad_clip=0.05, schedule="constant")
 HEAD_WIDTH = 6
+# Large enough that attention tells its keys apart: gradients that almost cancel are mostly rounding.
+NOISE = 0.2
 
 
 class LivelyWeights(InitialWeights):
-    """Initial weights with noise on top: Wan's head starts at zero, which would keep every other gradient at
-    zero."""
+    """Initial weights with noise of this size on top: Wan's head starts at zero, which would keep every other
+    gradient at zero."""
+
+    def __init__(self, config: WanConfig, seed: int, noise: float) -> None:
+        super().__init__(config, seed)
+        self.noise = noise
 
     def load(self, key: str) -> Tensor:
         """Return one tensor, CPU float32."""
         noise = torch.randn(self.shape(key), generator=generator_at(7, "lively", key))
-        return super().load(key) + 0.05 * noise
+        return super().load(key) + self.noise * noise
 
 
 @dataclass(frozen=True)
@@ -276,7 +282,7 @@ class Bench:
             self.device,
         )
         engine = engines.initialize(model, LEAF_MODULES, resolved, OPTIM, STEPS)
-        engines.load_weights(engine, LivelyWeights(problem.config, SEED), lambda: None)
+        engines.load_weights(engine, LivelyWeights(problem.config, SEED, NOISE), lambda: None)
         losses, norms, gradients = [], [], dict[str, Tensor]()
         for step in range(STEPS):
             total = torch.zeros((), device=self.device)
@@ -368,7 +374,7 @@ class Bench:
 
     def _filled(self, problem: Problem, recompute: str, attention: str, dtype: torch.dtype) -> WanModel:
         model = build_model(problem, recompute, attention, self.device, dtype)
-        weights = LivelyWeights(problem.config, SEED)
+        weights = LivelyWeights(problem.config, SEED, NOISE)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(weights.load(name))

@@ -13,8 +13,9 @@ import pytest
 from torch import Size, Tensor
 
 from megawan import checkpoint
+from megawan.selftest import worst_tensor
 from tests.distributed import run_distributed
-from tests.training import Reference, plan_of, reference_run, worst_difference
+from tests.training import Reference, plan_of, reference_run
 
 # 3 x 3 x 5 = 45 tokens: no number of ranks divides them. Clipping bites at every step.
 COMMON = (
@@ -81,11 +82,11 @@ def test_every_layout_trains_the_reference_run(
     saved = checkpoint.StepWeights(Path(found["folder"]))
     assert sorted(saved.keys()) == sorted(wanted.masters)
     moments = {name: value.flatten() for name, value in wanted.exp_avg.items()}
-    difference, where = worst_difference(flat_tensors(saved, "exp_avg"), moments)
+    difference, where = worst_tensor(flat_tensors(saved, "exp_avg"), moments)
     assert difference < 2e-5, f"gradient of {where}"
     # Adam divides by the root of the second moment: where a gradient is near zero, rounding decides the
     # update's sign.
-    difference, where = worst_difference({key: saved.load(key) for key in wanted.masters}, wanted.masters)
+    difference, where = worst_tensor({key: saved.load(key) for key in wanted.masters}, wanted.masters)
     assert difference < 2e-4, where
 
 
@@ -100,7 +101,7 @@ def test_a_resumed_run_takes_the_same_last_step(name: str, trained: dict[str, An
     # right.
     wanted, found = (checkpoint.StepWeights(Path(run["folder"])) for run in (whole, resumed))
     for kind, tolerance in (("exp_avg", 2e-5), ("exp_avg_sq", 2e-5), ("master", 2e-4)):
-        difference, where = worst_difference(flat_tensors(found, kind), flat_tensors(wanted, kind))
+        difference, where = worst_tensor(flat_tensors(found, kind), flat_tensors(wanted, kind))
         assert difference < tolerance, f"{kind} of {where}"
 
 

@@ -2,7 +2,6 @@
 ranks."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -10,20 +9,14 @@ from torch import Tensor, nn
 from megawan import config, optim
 from megawan.data.loader import make_loader
 from megawan.dist import Environment
-from megawan.models.initial import InitialWeights
 from megawan.models.wan import WanModel, patchify
 from megawan.plan import Plan, make_plan
-from megawan.rng import generator_at
+from megawan.selftest import LivelyWeights
 
 
-class LivelyWeights(InitialWeights):
-    """Initial weights with noise on top: Wan's head starts at zero, which would keep every other gradient at
-    zero."""
-
-    def load(self, key: str) -> Tensor:
-        """Return one tensor, CPU float32."""
-        noise = torch.randn(self.shape(key), generator=generator_at(7, "lively", key))
-        return super().load(key) + 0.05 * noise
+def lively(plan: Plan) -> LivelyWeights:
+    """Return the weights that every run of this plan's variant and seed starts from."""
+    return LivelyWeights(plan.variant.config, plan.config.seed, 0.05)
 
 
 def plan_of(world_size: int, *argv: str) -> Plan:
@@ -48,7 +41,7 @@ def reference_run(plan: Plan) -> Reference:
     once."""
     options, wan = plan.config, plan.variant.config
     model = WanModel(wan)
-    weights = LivelyWeights(wan, options.seed)
+    weights = lively(plan)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(weights.load(name))
@@ -104,18 +97,3 @@ def reference_run(plan: Plan) -> Reference:
         {name: parameter.detach() for name, parameter in model.named_parameters()},
         {name: optimizer.state[parameter]["exp_avg"] for name, parameter in model.named_parameters()},
     )
-
-
-def worst_difference(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> tuple[float, str]:
-    """Return the largest difference of any tensor, relative to that tensor's largest element, and its
-    name."""
-    worst = max(
-        (float((found[name] - wanted[name]).abs().max() / wanted[name].abs().max().clamp(min=1e-12)), name)
-        for name in wanted
-    )
-    return worst
-
-
-def folder_of(root: Path, name: str) -> Path:
-    """Return a run folder under `root` for a case's name."""
-    return root / name.replace(" ", "_")

@@ -11,7 +11,7 @@ from megawan.models.attention import select_attention
 from megawan.models.wan import LEAF_MODULES, WanModel
 from megawan.parallel.context import ContextParallel
 from megawan.train import make_batches, train_step
-from tests.training import LivelyWeights, plan_of
+from tests.training import lively, plan_of
 
 
 def train_cases(cases: dict[str, dict[str, Any]], output: str) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def train_cases(cases: dict[str, dict[str, Any]], output: str) -> dict[str, Any]
             engines.load_optimizer(engine, saved, _nothing)
             start = saved.step
         else:
-            engines.load_weights(engine, LivelyWeights(plan.variant.config, plan.config.seed), _nothing)
+            engines.load_weights(engine, lively(plan), _nothing)
         batches = make_batches(plan, start)
         meter = LossMeter(device)
         losses, norms = [], []

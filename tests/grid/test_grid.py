@@ -37,7 +37,7 @@ def test_every_layout_takes_the_steps_of_one_rank(world_size: int) -> None:
     assert judge("float64", world_size, results, 1e-9) == []
     # A comparison of vanishing numbers would prove nothing: every gradient is alive, every step is clipped.
     rows = results[0]["rows"]
-    assert min(row["alive"] for row in rows) > 1e-7
+    assert min(row["alive"] for row in rows) > 1e-5
     assert min(min(row["norms"]) for row in rows) > OPTIM.grad_clip
 
 
