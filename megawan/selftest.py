@@ -1,422 +1,229 @@
-"""The layout never changes the numbers: one small run in many layouts, each compared with one rank alone.
+"""The self-test of a machine: a pruned grid of layouts on its GPUs or CPUs, each compared with one rank.
 
-`Bench` takes three AdamW steps on a tiny Wan, either as one rank with the whole batch, the loss written out
-and the attention formula (`reference`), or over a world of ranks by plain torch (`plain`) or through the
-DeepSpeed engine (`sharded`). `compare` says how far two such runs are apart. The tests run the whole grid.
+`launch` starts the ranks and yields their lines; this module itself is what each rank runs (`python -m`).
 """
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import contextlib
+import faulthandler
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Generator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from megawan import ds_config
-from megawan.checkpoint import Fragment
-from megawan.data.batch import Batch
-from megawan.flow.loss import FlowMatching, FlowOptions, flow_loss
-from megawan.models.attention import select_attention
-from megawan.models.initial import InitialWeights
-from megawan.models.variants import CLIP_TOKENS, WanConfig
-from megawan.models.wan import LEAF_MODULES, WanModel, patchify
-from megawan.optim import OptimOptions, build_optimizer, parameter_groups
-from megawan.parallel.context import ContextParallel
-from megawan.parallel.topology import Topology, divisors, legal_ulysses
-from megawan.rng import generator_at
+from megawan import dist
+from megawan.parity import Bench, Difference, Layout, Outcome, Problem, compare, layouts
 
-PACKAGE = Path(__file__).resolve().parent
-STEPS = 3
-SEED = 11
-# Steps large enough to move the weights, and clipping that bites. Adam's epsilon is far above rounding: it
-# would otherwise turn the rounding of a gradient near zero into a whole step of either sign.
-OPTIM = OptimOptions(learning_rate=1e-2, weight_decay=0.1, eps=1e-4, grad_clip=0.05, schedule="constant")
-HEAD_WIDTH = 6
-# Large enough that attention tells its keys apart: gradients that almost cancel are mostly rounding.
-NOISE = 0.2
-
-
-class LivelyWeights(InitialWeights):
-    """Initial weights with noise of this size on top: Wan's head starts at zero, which would keep every other
-    gradient at zero."""
-
-    def __init__(self, config: WanConfig, seed: int, noise: float) -> None:
-        super().__init__(config, seed)
-        self.noise = noise
-
-    def load(self, key: str) -> Tensor:
-        """Return one tensor, CPU float32."""
-        noise = torch.randn(self.shape(key), generator=generator_at(7, "lively", key))
-        return super().load(key) + self.noise * noise
+RANK_MODULE = "megawan.selftest"
+ROOT = Path(__file__).resolve().parents[1]
+MOST_CPU_RANKS = 8
+POLL_S = 0.1
+GRACE_S = 10.0
+TAIL_LINES = 30
+POLICIES = ("none", "full", "full:1")
+# Heads: 8 take Ulysses 2, 4 and 8, 6 take Ulysses 2, 3 and 6, 5 on most machines a ring alone.
+PROBLEMS = (Problem("t2v", 8, (3, 3, 5)), Problem("ti2v", 6, (5, 3, 7)), Problem("i2v", 5, (5, 1, 1)))
+ENGINE_PROBLEM = Problem("t2v", 8, (3, 3, 5))
+STAGES = (3, 2, 1)
+# A fault shows as 1e-2 and more in some gradient. Float32 rounding alone reached 3e-6 on CPUs.
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 5e-5}
+ENGINE_SHARE = 0.7
+"""Of the time limit; no case through the engine starts later."""
 
 
 @dataclass(frozen=True)
-class Problem:
-    """What is trained: a kind of Wan, its attention heads, and the token grid (t, h, w) of each video."""
+class Row:
+    """One line of the table."""
 
-    task: Literal["t2v", "i2v", "ti2v"]
-    heads: int
-    grid: tuple[int, int, int]
+    problem: str
+    layout: str
+    zero: str
+    difference: Difference
+    ok: bool
+    """On every rank."""
+    seconds: float
 
-    @property
-    def config(self) -> WanConfig:
-        """The tiny architecture."""
-        dim = HEAD_WIDTH * self.heads
-        config = WanConfig(
-            self.task, dim=dim, ffn_dim=2 * dim, freq_dim=16, in_dim=4, out_dim=4, num_heads=self.heads,
-            num_layers=2, text_dim=10, text_len=5,
-        )  # fmt: skip
-        return replace(config, in_dim=7, image_dim=8) if self.task == "i2v" else config
-
-    @property
-    def clean_frames(self) -> int:
-        """Leading latent frames that are given clean and carry no loss."""
-        return int(self.task == "ti2v")
-
-    @property
-    def tokens(self) -> int:
-        """L, the tokens of one video."""
-        return math.prod(self.grid)
-
-    def describe(self) -> str:
-        """Return the problem in a few words."""
-        return f"{self.task} heads {self.heads} grid {'x'.join(map(str, self.grid))}"
-
-    def batch(self, ids: Sequence[int], device: torch.device, dtype: torch.dtype) -> Batch:
-        """Return these samples; each depends on its id alone."""
-        drawn = [self._sample(sample_id) for sample_id in ids]
-        latents, text, *image = (torch.stack(parts).to(device, dtype) for parts in zip(*drawn, strict=True))
-        return Batch(
-            latents,
-            text,
-            torch.tensor(list(ids)),
-            torch.zeros(len(ids), dtype=torch.int64),
-            ("",) * len(ids),
-            *image,
+    def line(self) -> str:
+        """Return the row under `HEADING`."""
+        found = self.difference
+        return (
+            f"{self.problem:<26} {self.layout:<56} {self.zero:<4} {found.loss:<8.1e} {found.parameter:<8.1e}"
+            f" {found.gradient:<8.1e} {found.gradient_name:<34} {'ok' if self.ok else 'DIFFERS'}"
         )
 
-    def _sample(self, sample_id: int) -> tuple[Tensor, ...]:
-        config, generator = self.config, generator_at(SEED, "sample", sample_id)
-        (pt, ph, pw), (t, h, w) = config.patch_size, self.grid
-        size = (t * pt, h * ph, w * pw)
-        shapes = [(config.out_dim, *size), (config.text_len, config.text_dim)]
-        if config.image_dim is not None:
-            shapes += [(CLIP_TOKENS, config.image_dim), (config.in_dim - config.out_dim, *size)]
-        drawn = [torch.randn(shape, dtype=torch.float64, generator=generator) for shape in shapes]
-        drawn[1][1 + sample_id % config.text_len :] = 0  # past the prompt's end
-        return tuple(drawn)
+
+HEADING = f"{'model':<26} {'layout':<56} {'zero':<4} {'loss':<8} {'weights':<8} {'worst gradient':<43} result"
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How the ranks share the work, and how one rank does its part."""
-
-    ulysses: int = 1
-    ring: int = 1
-    recompute: str = "none"
-    micro_batch: int = 1
-    accumulation: int = 1
-
-    def describe(self, world_size: int) -> str:
-        """Return the layout in a few words."""
-        dp = world_size // (self.ulysses * self.ring)
-        split = f"{self.micro_batch}x{self.accumulation}x{dp}"
-        return f"dp {dp} ring {self.ring} ulysses {self.ulysses} batch {split} recompute {self.recompute}"
+class SelftestError(RuntimeError):
+    """The ranks failed or time ran out; the message ends with their last output."""
 
 
-def global_batch(world_size: int) -> int:
-    """Return the videos of one step: the least multiple of the ranks that is at least 4."""
-    return world_size * -(-4 // world_size)
+def check(ranks: int, time_limit: float) -> None:
+    """Raise ValueError for a world that this machine does not hold, or no time."""
+    if torch.cuda.is_available():
+        most, what = torch.cuda.device_count(), "this machine's GPUs"
+    else:
+        most, what = MOST_CPU_RANKS, "on CPUs"
+    if not 1 <= ranks <= most:
+        raise ValueError(f"--ranks {ranks} must be 1 to {most} ({what})")
+    if not time_limit > 0:
+        raise ValueError(f"--time_limit {time_limit} must be above 0 seconds")
 
 
-def layouts(world_size: int, heads: int, policies: Sequence[str]) -> list[Layout]:
-    """Return every layout of this world: degrees that fit the heads, batch splits, recompute policies."""
-    found = []
-    for ulysses in legal_ulysses(world_size, heads):
-        for ring in divisors(world_size // ulysses):
-            videos = global_batch(world_size) * ulysses * ring // world_size  # of one context-parallel group
-            for accumulation in divisors(videos):
-                found += [
-                    Layout(ulysses, ring, policy, videos // accumulation, accumulation) for policy in policies
-                ]
-    return found
+def default_ranks() -> int:
+    """Return the GPUs of this machine, or 2 without any."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 2
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a run came to: loss and gradient norm of each step, the first step's gradient before clipping, and
-    the parameters after the last."""
+def launch(ranks: int, *, zero: bool, time_limit: float) -> Generator[Row | str, None, None]:
+    """Yield the rows, and notes between them, as `ranks` ranks on this machine come to them.
 
-    losses: list[float]
-    grad_norms: list[float]
-    gradients: dict[str, Tensor]
-    parameters: dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Difference:
-    """How far two runs are apart, each relative to the wanted value's size; not a number counts as
-    infinite."""
-
-    loss: float
-    grad_norm: float
-    gradient: float
-    gradient_name: str
-    parameter: float
-    parameter_name: str
-
-    def worst(self) -> float:
-        """Return the largest of the four."""
-        return max(self.loss, self.grad_norm, self.gradient, self.parameter)
-
-
-def compare(found: Outcome, wanted: Outcome) -> Difference:
-    """Return the largest differences over all steps and all tensors.
-
-    A tensor's is its largest difference over its largest wanted element.
+    The ranks run in a session of their own, which has ended when this ends.
+    Raises SelftestError when a rank fails or `time_limit` seconds have passed.
     """
-    if (
-        found.gradients.keys() != wanted.gradients.keys()
-        or found.parameters.keys() != wanted.parameters.keys()
-    ):
-        raise ValueError("the two runs have parameters of different names")
-    return Difference(
-        max(map(_relative, found.losses, wanted.losses)),
-        max(map(_relative, found.grad_norms, wanted.grad_norms)),
-        *worst_tensor(found.gradients, wanted.gradients),
-        *worst_tensor(found.parameters, wanted.parameters),
-    )
-
-
-def worst_tensor(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> tuple[float, str]:
-    """Return the largest difference of any tensor, relative to its largest wanted element, and its name."""
-    return max(
-        (_finite(float((found[name] - value).abs().max() / value.abs().max().clamp(min=1e-12))), name)
-        for name, value in wanted.items()
-    )
-
-
-def _relative(found: float, wanted: float) -> float:
-    return _finite(abs(found - wanted) / max(abs(wanted), 1e-12))
-
-
-def _finite(value: float) -> float:
-    return math.inf if math.isnan(value) else value
-
-
-def build_model(
-    problem: Problem, recompute: str, attention: str, device: torch.device, dtype: torch.dtype
-) -> WanModel:
-    """Return the tiny model; its values are left to the caller. attention: a kernel with a log-sum-exp."""
-    kernel = select_attention(attention, device.type, dtype, head_dim=HEAD_WIDTH, need_lse=True)
-    return WanModel(problem.config, attention=kernel, recompute=recompute).to(device, dtype)
-
-
-class Bench:
-    """One rank's side of the comparisons; process groups and reference runs are made once and kept."""
-
-    def __init__(self, world_size: int, rank: int, device: torch.device, timeout_s: float) -> None:
-        self.world_size = world_size
-        self.rank = rank
-        self.device = device
-        self.timeout_s = timeout_s
-        self.flow = FlowMatching(FlowOptions())
-        # CUDA's fused kernels that give a log-sum-exp take half precision only.
-        self.attention = "auto" if device.type == "cpu" else "math"
-        self._contexts: dict[tuple[int, int], ContextParallel] = {}
-        self._references: dict[tuple[Problem, torch.dtype], Outcome] = {}
-
-    def context(self, layout: Layout) -> ContextParallel:
-        """Return this rank's context in the layout's groups; collective the first time."""
-        key = (layout.ulysses, layout.ring)
-        if key not in self._contexts:
-            topology = Topology(self.world_size, *key)
-            self._contexts[key] = ContextParallel.create(topology, self.rank, self.timeout_s)
-        return self._contexts[key]
-
-    def reference(self, problem: Problem, dtype: torch.dtype) -> Outcome:
-        """Return the run of one rank with the whole batch at once: no groups, no shards, no recomputation."""
-        if (problem, dtype) not in self._references:
-            model = self._filled(problem, "none", "math", dtype)
-            self._references[problem, dtype] = _train(
-                model, lambda step: self._written_out(model, problem, step, dtype)
+    with tempfile.TemporaryDirectory(prefix="megawan-selftest-") as name:
+        results, log = Path(name) / "results.jsonl", Path(name) / "log"
+        results.touch()
+        options = json.dumps({"results": str(results), "zero": zero, "time_limit": time_limit})
+        command = [
+            *(sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"),
+            *("--master_addr=127.0.0.1", f"--master_port={dist.free_port()}", "-m", RANK_MODULE, options),
+        ]
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path}
+        with log.open("wb") as output, results.open(encoding="utf-8") as reader:
+            process = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
-        return self._references[problem, dtype]
-
-    def plain(self, problem: Problem, layout: Layout, dtype: torch.dtype) -> Outcome:
-        """Return the run in `layout` by torch alone, gradients averaged over the world; collective."""
-        context = self.context(layout)
-        model = self._filled(problem, layout.recompute, self.attention, dtype)
-
-        def backward(step: int) -> Tensor:
-            total = torch.zeros((), dtype=dtype, device=self.device)
-            for ids in self.shares(layout, step):
-                loss = self.loss(model, problem, problem.batch(ids, self.device, dtype), context)
-                (loss / layout.accumulation).backward()
-                total += loss.detach() / layout.accumulation
-            return self._average(model, total)
-
-        return _train(model, backward)
-
-    def sharded(self, problem: Problem, layout: Layout, stage: int) -> Outcome:
-        """Return the run in `layout` through the DeepSpeed engine at a ZeRO stage, float32; collective."""
-        from megawan import engine as engines  # imports DeepSpeed, which `plain` does not need
-
-        context = self.context(layout)
-        file = ds_config.find(f"ds_configs/zero{stage}.json", PACKAGE)
-        resolved = ds_config.resolve(
-            ds_config.read(file),
-            where=str(file),
-            micro_batch=layout.micro_batch,
-            accumulation=layout.accumulation,
-            world_size=self.world_size,
-            grad_clip=OPTIM.grad_clip,
-            precision="fp32",
-            on_gpu=self.device.type == "cuda",
-        )
-        model = engines.build_model(
-            lambda: build_model(problem, layout.recompute, self.attention, self.device, torch.float32),
-            resolved,
-            self.device,
-        )
-        engine = engines.initialize(model, LEAF_MODULES, resolved, OPTIM, STEPS)
-        engines.load_weights(engine, LivelyWeights(problem.config, SEED, NOISE), lambda: None)
-        losses, norms, gradients = [], [], dict[str, Tensor]()
-        for step in range(STEPS):
-            total = torch.zeros((), device=self.device)
-            for ids in self.shares(layout, step):
-                loss = self.loss(engine, problem, problem.batch(ids, self.device, torch.float32), context)
-                engine.backward(loss)
-                engines.optimizer_step(engine, OPTIM.grad_clip)
-                total += loss.detach() / layout.accumulation
-            torch.distributed.all_reduce(total)
-            losses.append(float(total) / self.world_size)
-            norms.append(engines.grad_norm(engine))
-            if step == 0:  # Adam's first moment is (1 - beta1) times the clipped gradient
-                scale = max(1.0, norms[0] / OPTIM.grad_clip) / (1 - OPTIM.beta1)
-                moments = self._whole(
-                    engines.fragments(engine), engines.true_shapes(engine.module), "exp_avg"
-                )
-                gradients = {name: value * scale for name, value in moments.items()}
-        shapes = engines.true_shapes(engine.module)
-        parameters = self._whole(engines.fragments(engine), shapes, "master")
-        engine.destroy()
-        return Outcome(losses, norms, gradients, parameters)
-
-    @torch.no_grad()
-    def _whole(
-        self, fragments: Iterable[Fragment], shapes: Mapping[str, tuple[int, ...]], kind: str
-    ) -> dict[str, Tensor]:
-        """Return the whole tensors of one kind of state, put together from all ranks' shares; collective."""
-        sizes = [math.prod(shape) for shape in shapes.values()]
-        everything = torch.zeros(sum(sizes), device=self.device)
-        parts = dict(zip(shapes, everything.split(sizes), strict=True))
-        for piece in fragments:
-            if piece.kind == kind:
-                parts[piece.name][piece.start : piece.start + piece.values.numel()] += piece.values.flatten()
-        torch.distributed.all_reduce(everything)
-        return {name: parts[name].view(shape) for name, shape in shapes.items()}
-
-    def shares(self, layout: Layout, step: int) -> list[range]:
-        """Return the sample ids of this rank's micro-batches at `step`; a context-parallel group has the
-        same."""
-        dp_rank, size = self.rank // (layout.ulysses * layout.ring), layout.micro_batch
-        first = step * global_batch(self.world_size) + dp_rank * layout.accumulation * size
-        return [range(first + i * size, first + (i + 1) * size) for i in range(layout.accumulation)]
-
-    def loss(self, model: nn.Module, problem: Problem, batch: Batch, context: ContextParallel) -> Tensor:
-        """Return this rank's loss: its own tokens' part, times the size of the context-parallel group."""
-        pred, target, weight = self._predict(model, problem, batch, context)
-        here, skipped = context.local_length(problem.tokens), _clean_tokens(problem)
-        place = torch.arange(here, device=self.device) + context.rank * here
-        return flow_loss(
-            pred,
-            context.shard(target),
-            weight,
-            valid=(place >= skipped) & (place < problem.tokens),
-            valid_tokens=problem.tokens - skipped,
-            cp_size=context.size,
-        ).loss
-
-    def _predict(
-        self, model: nn.Module, problem: Problem, batch: Batch, context: ContextParallel
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return this rank's velocity tokens, the whole target tokens and the samples' weights."""
-        sample = self.flow.sample(
-            batch.latents,
-            seed=SEED,
-            sample_ids=batch.sample_ids,
-            epochs=batch.epochs,
-            clean_frames=problem.clean_frames,
-        )
-        pred = model(
-            sample.x_t,
-            sample.timestep,
-            batch.text,
-            context=context,
-            clean_frames=sample.clean_frames,
-            clip=batch.clip,
-            condition=batch.condition,
-        )
-        return pred, patchify(sample.target, problem.config.patch_size), sample.weight
-
-    def _written_out(self, model: nn.Module, problem: Problem, step: int, dtype: torch.dtype) -> Tensor:
-        """Leave the whole batch's gradient and return its loss, as the specification writes it."""
-        size = global_batch(self.world_size)
-        batch = problem.batch(range(step * size, (step + 1) * size), self.device, dtype)
-        pred, target, weight = self._predict(model, problem, batch, ContextParallel.single())
-        per_sample = (pred - target)[:, _clean_tokens(problem) :].square().mean(dim=(1, 2))
-        loss = (per_sample * weight.to(dtype)).mean()
-        loss.backward()
-        return loss.detach()
-
-    def _filled(self, problem: Problem, recompute: str, attention: str, dtype: torch.dtype) -> WanModel:
-        model = build_model(problem, recompute, attention, self.device, dtype)
-        weights = LivelyWeights(problem.config, SEED, NOISE)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(weights.load(name))
-        return model
-
-    def _average(self, model: nn.Module, loss: Tensor) -> Tensor:
-        """Put the mean over the world into every gradient, and return the loss's; one message."""
-        parameters = list(model.parameters())
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        everything = torch.cat([loss.view(1), *(_grad(parameter).flatten() for parameter in parameters)])
-        if self.world_size > 1:
-            torch.distributed.all_reduce(everything)
-        everything /= self.world_size
-        mean, *parts = everything.split([1, *(parameter.numel() for parameter in parameters)])
-        for parameter, part in zip(parameters, parts, strict=True):
-            _grad(parameter).copy_(part.view_as(parameter))
-        return mean[0]
+            deadline = time.monotonic() + time_limit + GRACE_S  # each rank ends itself at time_limit
+            try:
+                while True:
+                    ended = process.poll() is not None
+                    for line in reader:
+                        yield _parse(line)
+                    if ended or time.monotonic() > deadline:
+                        break
+                    time.sleep(POLL_S)
+            finally:
+                _end(process)
+        if process.returncode:
+            tail = log.read_text("utf-8", "replace").splitlines()[-TAIL_LINES:]
+            what = f"the ranks ended with exit code {process.returncode} (time limit {time_limit:g} s)"
+            raise SelftestError("\n".join([f"{what}; their last lines:", *tail]))
 
 
-def _train(model: nn.Module, backward: Callable[[int], Tensor]) -> Outcome:
-    """Return what the steps came to; `backward(step)` leaves the step's gradient and returns its loss."""
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    optimizer = build_optimizer(parameter_groups(model.named_parameters(), shapes, OPTIM.weight_decay), OPTIM)
-    losses, norms, gradients = [], [], dict[str, Tensor]()
-    for step in range(STEPS):
-        optimizer.zero_grad()
-        losses.append(backward(step))
-        if step == 0:
-            gradients = {name: _grad(parameter).clone() for name, parameter in model.named_parameters()}
-        norms.append(nn.utils.clip_grad_norm_(model.parameters(), OPTIM.grad_clip))
-        optimizer.step()
-    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    return Outcome([float(loss) for loss in losses], [float(norm) for norm in norms], gradients, parameters)
+def _parse(line: str) -> Row | str:
+    entry = json.loads(line)
+    if "note" in entry:
+        return str(entry["note"])
+    return Row(**{**entry, "difference": Difference(**entry["difference"])})
 
 
-def _grad(parameter: Tensor) -> Tensor:
-    assert parameter.grad is not None
-    return parameter.grad
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """End the launcher: it ends its ranks, which have sessions of their own, when it is asked to."""
+    if process.poll() is None:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_S)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
-def _clean_tokens(problem: Problem) -> int:
-    _, height, width = problem.grid
-    return problem.clean_frames * height * width
+def run_rank(options: dict[str, Any]) -> None:
+    """Run every case on this rank; rank 0 writes the rows."""
+    faulthandler.dump_traceback_later(options["time_limit"], exit=True)  # a hang in a collective included
+    began = time.monotonic()
+    place = dist.environment()
+    device = dist.pick_device(place.local_rank)
+    torch.set_float32_matmul_precision("highest")  # no TF32: its rounding would hide faults
+    torch.backends.cudnn.allow_tf32 = False
+    dist.initialize(place, device, options["time_limit"])
+    bench = Bench(place.world_size, place.rank, device, options["time_limit"])
+    with Path(options["results"]).open("a", encoding="utf-8") as file:
+
+        def write(entry: dict[str, Any]) -> None:
+            if place.rank == 0:
+                file.write(json.dumps(entry) + "\n")
+                file.flush()
+
+        for problem in PROBLEMS:
+            for layout in pruned(place.world_size, problem.heads):
+                write(asdict(_row(bench, problem, layout, None)))
+        if options["zero"]:
+            objection = _engine_objection(device)
+            if not dist.all_succeeded(objection is None):
+                write({"note": f"ZeRO was left out: {objection or 'DeepSpeed fails on another rank'}"})
+            else:
+                for stage, layout in engine_cases(place.world_size):
+                    if not dist.all_succeeded(
+                        time.monotonic() - began < ENGINE_SHARE * options["time_limit"]
+                    ):
+                        write({"note": "the other ZeRO cases were left out: raise --time_limit for them"})
+                        break
+                    write(asdict(_row(bench, ENGINE_PROBLEM, layout, stage)))
+    dist.shutdown()
+    faulthandler.cancel_dump_traceback_later()
+
+
+def pruned(world_size: int, heads: int) -> list[Layout]:
+    """Return one layout for every pair of degrees: batch splits and recompute policies take turns."""
+    chosen: dict[tuple[int, int], list[Layout]] = {}
+    for layout in layouts(world_size, heads, POLICIES):
+        chosen.setdefault((layout.ulysses, layout.ring), []).append(layout)
+    return [group[(4 * index + heads) % len(group)] for index, group in enumerate(chosen.values())]
+
+
+def engine_cases(world_size: int) -> list[tuple[int, Layout]]:
+    """Return (ZeRO stage, layout) of each case through the engine, the stage that most people use first."""
+    return [(stage, layout) for stage in STAGES for layout in pruned(world_size, ENGINE_PROBLEM.heads)]
+
+
+def _row(bench: Bench, problem: Problem, layout: Layout, stage: int | None) -> Row:
+    began = time.monotonic()
+    dtype = torch.float64 if stage is None else torch.float32
+    wanted = bench.reference(problem, dtype)
+    found: Outcome = (
+        bench.plain(problem, layout, dtype) if stage is None else bench.sharded(problem, layout, stage)
+    )
+    difference = compare(found, wanted)
+    return Row(
+        problem.describe(),
+        layout.describe(bench.world_size),
+        "-" if stage is None else str(stage),
+        difference,
+        dist.all_succeeded(difference.worst() < TOLERANCES[dtype]),
+        time.monotonic() - began,
+    )
+
+
+def _engine_objection(device: torch.device) -> str | None:
+    """Return why the DeepSpeed engine cannot run here, None if it can."""
+    try:
+        from megawan import engine
+    except ImportError as error:
+        return str(error)
+    try:
+        if device.type == "cpu":
+            engine.load_host_extension()
+    except engine.ExtensionError as error:
+        return str(error)
+    return None
+
+
+if __name__ == "__main__":
+    run_rank(json.loads(sys.argv[1]))

@@ -13,7 +13,7 @@ import pytest
 from torch import Size, Tensor
 
 from megawan import checkpoint
-from megawan.selftest import worst_tensor
+from megawan.parity import worst_tensor
 from tests.distributed import run_distributed
 from tests.training import Reference, plan_of, reference_run
 

@@ -10,8 +10,8 @@ from megawan import config, optim
 from megawan.data.loader import make_loader
 from megawan.dist import Environment
 from megawan.models.wan import WanModel, patchify
+from megawan.parity import LivelyWeights
 from megawan.plan import Plan, make_plan
-from megawan.selftest import LivelyWeights
 
 
 def lively(plan: Plan) -> LivelyWeights:

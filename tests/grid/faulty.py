@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megawan import selftest
+from megawan import parity
 from megawan.flow.loss import FlowLoss, FlowMatching, FlowSample, flow_loss
 from megawan.models.rope import RopeTables
 from megawan.models.wan import WanModel
 from megawan.parallel import collectives
-from megawan.selftest import Layout, Problem, compare
+from megawan.parity import Layout, Problem, compare
 from tests.grid.workers import bench
 from tests.parallel.workers import PaddingAttended, strided_exchange
 
@@ -25,12 +25,12 @@ def mutations(problem: list[Any]) -> dict[str, dict[str, Any]]:
     """Return per fault, and for no fault, the differences in loss, gradients and the worst one's name."""
     here, (task, heads, grid) = bench(), problem
     small = Problem(task, heads, tuple(grid))
-    layout = Layout(ulysses=here.world_size, micro_batch=selftest.global_batch(here.world_size))
+    layout = Layout(ulysses=here.world_size, micro_batch=parity.global_batch(here.world_size))
     wanted = here.reference(small, torch.float64)
     healthy_context = here.context(layout)
     faults: dict[str, Callable[[], Patch]] = {
         "none": contextlib.nullcontext,
-        "loss without x cp_size": lambda: mock.patch.object(selftest, "flow_loss", loss_without_factor),
+        "loss without x cp_size": lambda: mock.patch.object(parity, "flow_loss", loss_without_factor),
         "strided all-to-all output": lambda: mock.patch.object(
             collectives, "exchange_rows", strided_exchange
         ),
@@ -96,7 +96,7 @@ def seeded_by_rank(healthy: Callable[..., FlowSample]) -> Callable[..., FlowSamp
 @contextlib.contextmanager
 def text_gradient_cut(where: Callable[[int], bool]) -> Iterator[None]:
     """The fault: the text branch gets no gradient on the ranks of `where`."""
-    healthy = selftest.build_model
+    healthy = parity.build_model
 
     def detached(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
         return output.detach() if where(dist.get_rank()) else output
@@ -106,5 +106,5 @@ def text_gradient_cut(where: Callable[[int], bool]) -> Iterator[None]:
         model.text_embedding.register_forward_hook(detached)
         return model
 
-    with mock.patch.object(selftest, "build_model", build):
+    with mock.patch.object(parity, "build_model", build):
         yield

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megawan.selftest import OPTIM, layouts
+from megawan.parity import OPTIM, layouts
 from tests.distributed import run_distributed
 from tests.grid.cases import ENGINE_PROBLEMS, POLICIES, PROBLEMS, STAGES
 

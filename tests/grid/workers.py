@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from megawan import dist
-from megawan.selftest import Bench, Problem, compare, layouts
+from megawan.parity import Bench, Problem, compare, layouts
 
 
 def bench(timeout_s: float = 120) -> Bench:
