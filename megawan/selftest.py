@@ -162,7 +162,7 @@ def run_rank(options: dict[str, Any]) -> None:
                 file.flush()
 
         for problem in PROBLEMS:
-            for layout in pruned(place.world_size, problem.heads):
+            for layout in pruned(place.world_size, problem.heads, problem.heads):
                 write(asdict(_row(bench, problem, layout, None)))
         if options["zero"]:
             objection = _engine_objection(device)
@@ -180,17 +180,18 @@ def run_rank(options: dict[str, Any]) -> None:
     faulthandler.cancel_dump_traceback_later()
 
 
-def pruned(world_size: int, heads: int) -> list[Layout]:
-    """Return one layout for every pair of degrees: batch splits and recompute policies take turns."""
+def pruned(world_size: int, heads: int, turn: int) -> list[Layout]:
+    """Return one layout for every pair of degrees; batch splits and recompute policies change with `turn`."""
     chosen: dict[tuple[int, int], list[Layout]] = {}
     for layout in layouts(world_size, heads, POLICIES):
         chosen.setdefault((layout.ulysses, layout.ring), []).append(layout)
-    return [group[(4 * index + heads) % len(group)] for index, group in enumerate(chosen.values())]
+    return [group[(4 * index + turn) % len(group)] for index, group in enumerate(chosen.values())]
 
 
 def engine_cases(world_size: int) -> list[tuple[int, Layout]]:
     """Return (ZeRO stage, layout) of each case through the engine, the stage that most people use first."""
-    return [(stage, layout) for stage in STAGES for layout in pruned(world_size, ENGINE_PROBLEM.heads)]
+    heads = ENGINE_PROBLEM.heads
+    return [(stage, layout) for stage in STAGES for layout in pruned(world_size, heads, stage)]
 
 
 def _row(bench: Bench, problem: Problem, layout: Layout, stage: int | None) -> Row:
