@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.grid, pytest.mark.timeout(3600)]
 # 3 x 3 x 5 = 45 tokens. An epsilon far above rounding: see megawan.parity.OPTIM.
 COMMON = (
     "--steps=3", "--seed=3", "--data.num_frames=9", "--data.prompt_dropout=0.3", "--optim.learning_rate=1e-2",
-    "--optim.warmup_steps=1", "--optim.grad_clip=0.05", "--optim.eps=1e-4",
+    "--optim.warmup_steps=1", "--optim.grad_clip=0.05", "--optim.eps=1e-6",
 )  # fmt: skip
 VARIANTS = {
     "debug": ("--model.variant=debug", "--data.height=48", "--data.width=80"),
