@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from megawan import dist
-from megawan.parity import Bench, Difference, Layout, Outcome, Problem, compare, layouts
+from megawan.parity import POLICIES, Bench, Difference, Layout, Outcome, Problem, compare, layouts
 
 RANK_MODULE = "megawan.selftest"
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,7 +28,6 @@ MOST_CPU_RANKS = 8
 POLL_S = 0.1
 GRACE_S = 10.0
 TAIL_LINES = 30
-POLICIES = ("none", "full", "full:1")
 # Heads: 8 take Ulysses 2, 4 and 8, 6 take Ulysses 2, 3 and 6, 5 on most machines a ring alone.
 PROBLEMS = (Problem("t2v", 8, (3, 3, 5)), Problem("ti2v", 6, (5, 3, 7)), Problem("i2v", 5, (5, 1, 1)))
 ENGINE_PROBLEM = Problem("t2v", 8, (3, 3, 5))

@@ -1,6 +1,5 @@
-"""What the grid covers; read by the tests and by nothing in the package."""
+"""What the grid covers, with megawan.parity.POLICIES."""
 
-POLICIES = ["none", "full", "full:1"]
 STAGES = [0, 1, 2, 3]
 
 # (task, heads, token grid). Heads: 4 and 8 take Ulysses 4, 6 takes Ulysses 2 and a ring, 5 a ring alone.

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from megawan.parity import OPTIM, layouts
+from megawan.parity import OPTIM, POLICIES, layouts
 from tests.distributed import run_distributed
-from tests.grid.cases import ENGINE_PROBLEMS, POLICIES, PROBLEMS, STAGES
+from tests.grid.cases import ENGINE_PROBLEMS, PROBLEMS, STAGES
 
 pytestmark = [pytest.mark.grid, pytest.mark.timeout(3600)]
 

@@ -13,9 +13,9 @@ from torch import Size, Tensor
 
 from megawan import checkpoint
 from megawan.models.variants import get_variant
-from megawan.parity import layouts, relative_difference, worst_tensor
+from megawan.parity import POLICIES, layouts, relative_difference, worst_tensor
 from tests.distributed import run_distributed
-from tests.grid.cases import POLICIES, STAGES
+from tests.grid.cases import STAGES
 from tests.training import plan_of, reference_run
 
 pytestmark = [pytest.mark.grid, pytest.mark.timeout(3600)]
