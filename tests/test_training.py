@@ -18,7 +18,7 @@ from tests.distributed import run_distributed
 from tests.training import Reference, plan_of, reference_run
 
 # 3 x 3 x 5 = 45 tokens: no number of ranks divides them. Clipping bites at every step. Adam's epsilon is
-# above rounding: it would otherwise turn the rounding of a gradient near zero into a whole step of either sign.
+# above rounding: it would otherwise turn the rounding of a zero gradient into a whole step.
 COMMON = (
     "--steps=3", "--seed=3", "--data.num_frames=9", "--data.height=48", "--data.width=80",
     "--data.prompt_dropout=0.3", "--optim.learning_rate=1e-3", "--optim.warmup_steps=2",
