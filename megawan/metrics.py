@@ -94,25 +94,35 @@ class RunLog:
         if options.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # 1 s of imports that --help does not need
 
-            # purge_step drops what an interrupted run wrote past the checkpoint: no zig-zag after a resume.
-            self._writer = SummaryWriter(
-                str(folder / "tensorboard"), purge_step=first_step + 1, flush_secs=10
-            )
+            try:
+                # purge_step drops what an interrupted run wrote past the checkpoint: no zig-zag after a
+                # resume.
+                self._writer = SummaryWriter(
+                    str(folder / "tensorboard"), purge_step=first_step + 1, flush_secs=10
+                )
+            except OSError as error:
+                self._give_up(error)
         if sys.stderr.isatty():
             self._bar = tqdm(total=steps, initial=first_step, unit="step", dynamic_ncols=True)
 
     def text(self, tag: str, body: str, step: int) -> None:
         """Show a text (the resolved configuration, say) in TensorBoard's text page."""
         if self._writer is not None:
-            self._writer.add_text(tag, body, step)
+            try:
+                self._writer.add_text(tag, body, step)
+            except OSError as error:
+                self._give_up(error)
 
     def step(self, step: int, scalars: dict[str, float], seconds_per_step: float) -> None:
         """Write one point of every curve and the progress line."""
         if not dist.is_main():
             return
         if self._writer is not None:
-            for tag, value in scalars.items():
-                self._writer.add_scalar(tag, value, step)
+            try:
+                for tag, value in scalars.items():
+                    self._writer.add_scalar(tag, value, step)
+            except OSError as error:
+                self._give_up(error)
         line = (
             f"loss {scalars['train/loss']:.4f} | lr {scalars['train/lr']:.2e}"
             f" | grad_norm {scalars['train/grad_norm']:.3f}"
@@ -130,7 +140,15 @@ class RunLog:
         if self._bar is not None:
             self._bar.close()
         if self._writer is not None:
-            self._writer.close()
+            try:
+                self._writer.close()
+            except OSError as error:
+                self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        """Go on without curves: a full disk must not end a run that only its log needs."""
+        self._writer = None
+        print(f"warning: no TensorBoard events from here on: {error}", flush=True)
 
 
 def _duration(seconds: float) -> str:

@@ -330,7 +330,12 @@ def open_data(config: TrainConfig, variant: Variant) -> LatentStore | SyntheticL
     channels = variant.latent_channels
     if asked.path is None:
         shape = latent_shape(
-            asked.num_frames or 9, asked.height or 64, asked.width or 64, channels, stride, wan.patch_size
+            9 if asked.num_frames is None else asked.num_frames,
+            64 if asked.height is None else asked.height,
+            64 if asked.width is None else asked.width,
+            channels,
+            stride,
+            wan.patch_size,
         )
         return SyntheticLatents(shape=shape, text_dim=wan.text_dim, text_len=wan.text_len, seed=config.seed)
     store = LatentStore(asked.path)
@@ -340,15 +345,19 @@ def open_data(config: TrainConfig, variant: Variant) -> LatentStore | SyntheticL
             f" {store.text_dim} features, but {config.model.variant} takes {channels} and {wan.text_dim};"
             " encode for this variant"
         )
-    for size, axis in ((asked.num_frames, 1), (asked.height, 2), (asked.width, 3)):
-        wanted = (
-            None if size is None else ((size - 1) // stride[0] + 1 if axis == 1 else size // stride[axis - 1])
+    codec = store.settings.get("codec")
+    if config.model.init_from is not None and variant.repository and codec != f"wan{variant.vae}":
+        raise ValueError(
+            f"--data.path {asked.path}: latents of codec {codec}, but weights of {config.model.variant} know"
+            f" those of wan{variant.vae}; encode with --codec wan{variant.vae}"
         )
-        other = next((shape for shape in store.shapes if wanted is not None and shape[axis] != wanted), None)
-        if other is not None:
-            name = ("num_frames", "height", "width")[axis - 1]
+    for axis, name in enumerate(("num_frames", "height", "width")):
+        size, first = getattr(asked, name), 1 if axis == 0 else 0  # the first frame is a latent of its own
+        held = {(shape[axis + 1] - first) * stride[axis] + first for shape in store.shapes}
+        if size is not None and held != {size}:
             raise ValueError(
-                f"--data.{name} {size} means latents of size {wanted}; the store has {tuple(other)}"
+                f"--data.{name} {size}: the store {asked.path} has clips of"
+                f" {', '.join(map(str, sorted(held)))}"
             )
     for shape in set(store.shapes):
         _tokens(shape, wan.patch_size)
