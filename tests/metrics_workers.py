@@ -24,10 +24,10 @@ def scalars(step: int) -> dict[str, float]:
 
 
 def readings(batches: tuple[MicroBatch, ...]) -> list[tuple[float, dict[int, float]]]:
-    """Return two readings of a meter that was given the batches before each."""
+    """Return two readings of one meter: after all the batches, and after the first of them again."""
     meter, found = LossMeter(torch.device("cpu")), []
-    for _ in range(2):
-        for loss, per_sample, sigma in batches:
+    for given in (batches, batches[:1]):
+        for loss, per_sample, sigma in given:
             meter.add(torch.tensor(loss, requires_grad=True), torch.tensor(per_sample), torch.tensor(sigma))
         found.append(meter.read())
     return found

@@ -52,16 +52,17 @@ def near(reading: tuple[float, dict[int, float]]) -> list[Any]:
 
 def test_the_meter_reads_means_and_starts_anew(alone: None) -> None:
     for batches in MICRO_BATCHES:
-        wanted = by_hand(list(batches))
-        assert len(wanted[1]) > 2
-        assert [list(reading) for reading in readings(batches)] == [near(wanted)] * 2
+        wanted = [by_hand(list(batches)), by_hand(list(batches[:1]))]
+        assert len(wanted[0][1]) > 2 and wanted[0] != wanted[1]
+        assert [list(reading) for reading in readings(batches)] == [near(one) for one in wanted]
 
 
 def test_the_meter_of_two_ranks_reads_the_mean_of_all_samples(seen: list[dict[str, Any]]) -> None:
-    wanted = by_hand([*MICRO_BATCHES[0], *MICRO_BATCHES[1]])
+    first, second = MICRO_BATCHES
+    wanted = [near(by_hand([*first, *second])), near(by_hand([first[0], second[0]]))]
     for one in seen:
         found = [[loss, {int(key): value for key, value in bins.items()}] for loss, bins in one["meter"]]
-        assert found == [near(wanted)] * 2
+        assert found == wanted
 
 
 def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
