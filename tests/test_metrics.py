@@ -144,3 +144,37 @@ def test_a_cadence_below_1_is_refused(cadence: int) -> None:
     metrics.check(MetricsOptions(log_every=1))
     with pytest.raises(ValueError, match=f"log_every {cadence} must be 1 or more"):
         metrics.check(MetricsOptions(log_every=cadence))
+
+
+POINT = {"train/loss": 0.5, "train/lr": 1e-3, "train/grad_norm": 2.0, "perf/tokens_per_s": 1234.5}
+
+
+def test_a_log_folder_that_cannot_be_written_is_said_and_the_run_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tensorboard").touch()
+    log = RunLog(tmp_path, MetricsOptions(), 0, 9)
+    for step in (1, 2):
+        log.step(step, POINT, 0.1)
+    log.close()
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first.startswith("warning: no TensorBoard events from here on: ") and str(tmp_path) in first
+    assert [line.split(" | ")[0] for line in lines] == ["step 1/9", "step 2/9"]
+
+
+def test_a_disk_that_fills_up_is_said_once_and_the_run_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = RunLog(tmp_path, MetricsOptions(), 0, 9)
+    log.step(1, POINT, 0.1)
+
+    def full(tag: str, value: float, step: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(log._writer, "add_scalar", full)
+    for step in (2, 3):
+        log.step(step, POINT, 0.1)
+    log.text("config", "text", 3)
+    log.close()
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert said == ["warning: no TensorBoard events from here on: [Errno 28] No space left on device"]
