@@ -2,15 +2,18 @@
 
 Nothing about a file is believed before it is decoded: the container must be one of CONTAINERS, it may open no
 other file, its declared size is capped, and its frames are counted by decoding them. Frames are resized one
-by one, so a clip costs memory for what is kept.
+by one, so a clip costs memory for what is kept. An image is a video of one frame, an animated one (GIF, WebP,
+PNG) a video.
 """
 
 import contextlib
 import os
 import struct
+import time
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -30,6 +33,8 @@ MAX_SIDE = 8192
 MAX_PIXELS = 8192 * 4608
 MAX_FRAMES = 200_000
 MAX_BYTES_KEPT = 4 << 30
+MAX_SECONDS = 600.0  # that decoding one file may take in all
+UNTIMED = 0.1  # seconds that a picture of an animation stays when it says 0, as in browsers
 CRF = 12  # visually lossless: what is written here is looked at and measured, not streamed
 
 
@@ -42,6 +47,32 @@ class BadClip(ValueError):
         super().__init__(f"{name}: {self.reason}")
 
 
+class TooShort(BadClip):
+    """A readable file without enough frames; `frames` says how many it has, `still` that it is an image."""
+
+    def __init__(self, path: Path, needed: int, frames: int, fps: float | None, still: bool) -> None:
+        rate = "" if fps is None else f" at {fps:g} fps"
+        super().__init__(path, f"has {frames} frames{rate}; {needed} are needed")
+        self.frames = frames
+        self.still = still
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One frame of a file, as it is seen: upright, RGB."""
+
+    pixels: Frames
+    """[h, w, 3]."""
+    start: float
+    """Seconds since the first frame."""
+    end: float
+    """When the next frame is due."""
+    repeated: bool = False
+    """The same picture as the one before, which stays on screen."""
+    still: bool = False
+    """The file is an image that does not move."""
+
+
 def read_clip(path: Path, num_frames: int, height: int, width: int, fps: float | None) -> Frames:
     """Return the first `num_frames` frames of a video or an image, uint8 RGB [num_frames, height, width, 3].
 
@@ -52,21 +83,58 @@ def read_clip(path: Path, num_frames: int, height: int, width: int, fps: float |
     Raises BadClip for every file that does not give such a clip, ValueError for an illegal request:
     num_frames must be 4n+1 (Wan's VAE), the sizes and fps positive.
     """
-    if num_frames < 1 or num_frames % 4 != 1:
-        raise ValueError(f"num_frames must be 4n+1 (1, 5, 9, …); given: {num_frames}")
     if not (0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE):
         raise ValueError(f"height and width must be 1 to {MAX_SIDE}; given: {height} and {width}")
+    windows = read_windows(path, num_frames, lambda _h, _w: (height, width), fps)
+    with contextlib.closing(windows):
+        return next(windows)[1]
+
+
+def read_windows(
+    path: Path,
+    num_frames: int,
+    fit: Callable[[int, int], tuple[int, int]],
+    fps: float | None,
+    *,
+    stride: int | None = None,
+    limit: int | None = 1,
+) -> Generator[tuple[int, Frames], None, None]:
+    """Yield (start, frames [num_frames, height, width, 3]) of every window of a file, cut as by `read_clip`.
+
+    Windows start every `stride` frames (default: num_frames, so that they follow each other), counted after
+    resampling; `limit` stops after so many, None takes all that are whole. `fit` gives the (height, width) of
+    the windows for the size of the first frame. The file is decoded once and no further than needed.
+
+    Raises TooShort when there is not one window, BadClip where a file cannot be decoded any further (the
+    windows before that have been given) and for whatever `fit` raises as ValueError.
+    """
+    if num_frames < 1 or num_frames % 4 != 1:
+        raise ValueError(f"num_frames must be 4n+1 (1, 5, 9, …); given: {num_frames}")
     if fps is not None and not 0 < fps <= 1000:
         raise ValueError(f"fps must be above 0 and at most 1000, or None to keep all frames; given: {fps}")
-    clip: list[Frames] = []
-    for frame in _resampled(path, fps):
-        if len(clip) < num_frames:
+    step = num_frames if stride is None else stride
+    if step < 1 or (limit is not None and limit < 1):
+        raise ValueError(f"windows and their stride must be 1 or more; given: {limit} and {stride}")
+    start, seen, given, still = 0, 0, 0, False
+    size: tuple[int, int] | None = None
+    kept: deque[Frames] = deque()
+    for frame in pictures(path, fps):
+        if size is None:
+            size, still = _fitting(path, frame, fit), frame.still
+        if seen >= start:
             # A repeated frame is one object, so it is resized once.
-            clip.append(clip[-1] if clip and frame.repeated else _fit(path, frame.pixels, height, width))
-        if len(clip) == num_frames:
-            return np.stack(clip)
-    rate = "" if fps is None else f" at {fps:g} fps"
-    raise BadClip(path, f"has {len(clip)} frames{rate}; {num_frames} are needed")
+            kept.append(kept[-1] if kept and frame.repeated else _fit(path, frame.pixels, *size))
+        seen += 1
+        if len(kept) == num_frames:
+            yield start, np.stack(kept)
+            given += 1
+            if given == limit:
+                return
+            start += step
+            for _ in range(min(step, num_frames)):
+                kept.popleft()
+    if not given:
+        raise TooShort(path, num_frames, seen, fps, still)
 
 
 def read_all(path: Path) -> tuple[Frames, float]:
@@ -136,12 +204,11 @@ def crop_and_resize(pixels: Frames, height: int, width: int) -> Frames:
     return np.asarray(image.crop((left, top, left + width, top + height)))
 
 
-@dataclass(frozen=True)
-class _Frame:
-    pixels: Frames  # [h, w, 3]
-    start: float  # seconds since the first frame
-    end: float  # when the next frame is due
-    repeated: bool = False
+def _fitting(path: Path, frame: Picture, fit: Callable[[int, int], tuple[int, int]]) -> tuple[int, int]:
+    try:
+        return fit(frame.pixels.shape[0], frame.pixels.shape[1])
+    except ValueError as error:
+        raise BadClip(path, str(error)) from None
 
 
 def _fit(path: Path, pixels: Frames, height: int, width: int) -> Frames:
@@ -152,8 +219,11 @@ def _fit(path: Path, pixels: Frames, height: int, width: int) -> Frames:
     return crop_and_resize(pixels, height, width)
 
 
-def _resampled(path: Path, fps: float | None) -> Iterator[_Frame]:
-    """Yield the frame that is on screen at each k / fps, in order; all frames when fps is None."""
+def pictures(path: Path, fps: float | None) -> Iterator[Picture]:
+    """Yield the picture that is on screen at each k / fps, in order; all pictures when fps is None.
+
+    Raises BadClip where the file cannot be decoded any further.
+    """
     if fps is None:
         yield from _decoded(path)
         return
@@ -162,13 +232,15 @@ def _resampled(path: Path, fps: float | None) -> Iterator[_Frame]:
         repeated = False
         # Half a microsecond: a frame that is due exactly at k / fps must not lose to rounding. The first
         # frame is always due, also that of an image, which lasts no time.
-        while due == 0 or due / fps < frame.end - 5e-7:
-            yield _Frame(frame.pixels, frame.start, frame.end, repeated)
+        while due == 0 or (due / fps < frame.end - 5e-7 and not frame.still):
+            if due == MAX_FRAMES:  # the file may claim that a picture lasts for years
+                raise BadClip(path, f"has more than {MAX_FRAMES:,} frames at {fps:g} fps")
+            yield replace(frame, repeated=repeated)
             repeated = True
             due += 1
 
 
-def _decoded(path: Path) -> Iterator[_Frame]:
+def _decoded(path: Path) -> Iterator[Picture]:
     """Yield every frame of a video, or the one of an image; raises BadClip where it cannot go on."""
     if "\0" in str(path):
         raise BadClip(path, "has a NUL byte in its name")
@@ -186,18 +258,48 @@ def _decoded(path: Path) -> Iterator[_Frame]:
         raise BadClip(path, f"cannot be opened ({error.strerror or error})") from None
     with file:
         if path.suffix.lower() in IMAGES:
-            yield _image(path, file)
+            yield from _image(path, file)
         else:
             yield from _video(path, file)
 
 
-def _image(path: Path, file: BinaryIO) -> _Frame:
-    broken = (OSError, SyntaxError, ValueError, EOFError, LookupError, struct.error, zlib.error)
+def _image(path: Path, file: BinaryIO) -> Iterator[Picture]:
+    broken = (
+        OSError,
+        SyntaxError,
+        ValueError,
+        EOFError,
+        LookupError,
+        ArithmeticError,
+        struct.error,
+        zlib.error,
+    )
+    shown = 0
     try:
         with Image.open(file, formats=sorted(set(IMAGES.values()))) as image:
             _check_size(path, image.width, image.height)
-            upright = ImageOps.exif_transpose(image.convert("RGB"))
-            return _Frame(np.asarray(upright), 0.0, 0.0)
+            # Of the formats here only these move; a JPEG of several pictures holds views or previews.
+            count = getattr(image, "n_frames", 1) if image.format in ("WEBP", "PNG") else 1
+            if count > MAX_FRAMES:
+                raise BadClip(path, f"declares {count:,} frames; at most {MAX_FRAMES:,} are legal")
+            # A PNG may begin with a picture for programs that cannot show its animation.
+            first = 1 if count > 1 and getattr(image, "default_image", False) else 0
+            now, spent = 0.0, 0.0
+            for number in range(first, count):
+                begun = time.monotonic()
+                if count > 1:
+                    image.seek(number)
+                upright = np.asarray(ImageOps.exif_transpose(image.convert("RGB")))
+                spent += time.monotonic() - begun
+                if spent > MAX_SECONDS:
+                    raise BadClip(path, f"takes more than {MAX_SECONDS:g} s to decode")
+                stays = float(image.info.get("duration", 0)) / 1000
+                if count - first == 1:
+                    yield Picture(upright, 0.0, 0.0, still=True)
+                    return
+                yield Picture(upright, now, now + (stays if stays > 0 else UNTIMED))
+                now += stays if stays > 0 else UNTIMED
+                shown += 1
     except BadClip:
         raise
     except Image.DecompressionBombError:
@@ -205,10 +307,11 @@ def _image(path: Path, file: BinaryIO) -> _Frame:
     except UnidentifiedImageError:
         raise BadClip(path, "cannot be decoded as an image (legal: png, jpeg, webp, bmp)") from None
     except broken as error:
-        raise BadClip(path, f"cannot be decoded as an image ({_said(error)})") from None
+        after = f" after {shown} frames" if shown else ""
+        raise BadClip(path, f"cannot be decoded as an image{after} ({_said(error)})") from None
 
 
-def _video(path: Path, file: BinaryIO) -> Iterator[_Frame]:
+def _video(path: Path, file: BinaryIO) -> Iterator[Picture]:
     # The open file is given, not its name: a name such as "concat:a|b" means nothing here.
     broken = (av.error.FFmpegError, OSError, ValueError, RuntimeError, EOFError, MemoryError)
     with contextlib.ExitStack() as stack:
@@ -229,13 +332,15 @@ def _video(path: Path, file: BinaryIO) -> Iterator[_Frame]:
         except broken as error:
             legal = "legal: mp4, mov, mkv, webm, avi, gif, flv, wmv"
             raise BadClip(path, f"is no video that can be opened ({_said(error)}; {legal})") from None
-        pictures = _pictures(container, stream)
+        coming = _coming(container, stream)
+        moves = container.format.name != "gif"
         period = float(1 / stream.average_rate) if stream.average_rate else 0.0
         held: tuple[Frames, float] | None = None
-        first, count = None, 0
+        first, count, spent = None, 0, 0.0
         while True:
+            begun = time.monotonic()
             try:
-                picture = next(pictures, None)
+                picture = next(coming, None)
                 if picture is None:
                     break
                 _check_size(path, picture.width, picture.height)
@@ -252,19 +357,22 @@ def _video(path: Path, file: BinaryIO) -> Iterator[_Frame]:
             first = seen if first is None else first
             now = seen - first
             count += 1
+            spent += time.monotonic() - begun
             if count > MAX_FRAMES:
                 raise BadClip(path, f"has more than {MAX_FRAMES:,} frames")
+            if spent > MAX_SECONDS:
+                raise BadClip(path, f"takes more than {MAX_SECONDS:g} s to decode")
             if held is not None:
                 # Time never runs back, whatever the file says.
                 now = max(now, held[1])
-                yield _Frame(held[0], held[1], now)
+                yield Picture(held[0], held[1], now)
             held = pixels, now
         if held is None:
             raise BadClip(path, "has no frames")
-        yield _Frame(held[0], held[1], held[1] + period)
+        yield Picture(held[0], held[1], held[1] + period, still=count == 1 and not moves)
 
 
-def _pictures(container: Any, stream: Any) -> Iterator[Any]:
+def _coming(container: Any, stream: Any) -> Iterator[Any]:
     yield from container.decode(stream)
 
 
