@@ -16,19 +16,29 @@ import torch
 from tqdm import tqdm
 
 from megawan.cli import UserError, parse, run
-from megawan.data.encoding import REJECTED, ClipSize, encode
+from megawan.data.cutting import CODEC_STRIDES, CutOptions, clip_size
+from megawan.data.encoding import REJECTED, Report, encode
 from megawan.data.manifest import read_manifest
 from megawan.encoders.opening import open_codec
 from megawan.encoders.text import TextEncoder
 from megawan.models.variants import get_variant
 
 PROG = "tools/encode_dataset.py"
-ALIASES = {"dataset_base_path": "root", "dataset_metadata_path": "input", "output_path": "output"}
+ALIASES = {
+    "dataset_base_path": "root",
+    "dataset_metadata_path": "input",
+    "output_path": "output",
+    "max_pixels": "max_area",  # DiffSynth-Studio
+    "frame_stride": "window_stride",  # musubi-tuner
+    "target_frames": "num_frames",
+    "bucket_reso_steps": "bucket_step",
+    "video_sample_n_frames": "num_frames",  # VideoX-Fun
+}
 WAN_TEXT_LEN = 512
 
 
-@dataclass(frozen=True)
-class Options:
+@dataclass(frozen=True, kw_only=True)
+class Options(CutOptions):
     """Which clips, by which encoders, to which size."""
 
     input: Path
@@ -49,23 +59,15 @@ class Options:
     """Folder of its tokenizer; default: with the encoder."""
     text_len: int | None = None
     """Longest caption in tokens; default 512, and 32 for the debug encoder."""
-    num_frames: int = 81
-    """Frames of every clip, 4n+1."""
-    height: int = 480
-    """Pixel height; a multiple of 16 (32 for wan2.2)."""
-    width: int = 832
-    """Pixel width; likewise."""
     shard: str = "0/1"
     """I/N: encode only share I (from 0) of N, in a job array; a last call without it finishes the store."""
-    fps: str = "16"
-    """Resample to so many frames a second (24 for ti2v-5B), or keep the file's frames."""
 
 
 def main(argv: Sequence[str]) -> None:
     """Encode as `argv` says. Raises UserError naming file or flag and cause."""
     options = parse(Options, argv, prog=PROG, description=(__doc__ or "").split("\n\n")[0], aliases=ALIASES)
     try:
-        size = ClipSize(options.num_frames, options.height, options.width, frame_rate(options.fps))
+        size = clip_size(options, CODEC_STRIDES[options.codec])
         share = parse_share(options.shard)
         manifest = read_manifest(
             options.input, root=options.root, allow_outside_root=options.allow_outside_root
@@ -73,10 +75,15 @@ def main(argv: Sequence[str]) -> None:
         print(f"found {manifest.found}")
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         codec = open_codec(options.codec, options.vae, device)
-        check_size(size, codec.stride)
         text, text_len = open_text(options)
         rows = len(manifest.rows[share[0] :: share[1]])
         with tqdm(total=rows, desc="encode", unit="clip", disable=None) as bar:
+
+            def tick(report: Report) -> None:
+                made, rejected = report.encoded + report.kept, len(report.rejected)
+                bar.set_postfix(samples=made, rejected=rejected, refresh=False)
+                bar.update()
+
             report = encode(
                 manifest,
                 options.output,
@@ -87,7 +94,7 @@ def main(argv: Sequence[str]) -> None:
                 text_len,
                 device=device,
                 share=share,
-                tick=bar.update,
+                tick=tick,
             )
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from None
@@ -100,7 +107,9 @@ def main(argv: Sequence[str]) -> None:
     print(
         f"{done}, {report.kept} kept, {len(report.rejected)} rejected, {text.truncated} captions cut; {end}"
     )
-    if report.rejected and report.store:
+    if report.cut_short:
+        print(f"{len(report.cut_short)} clips are damaged behind their last sample")
+    if report.store and (report.rejected or report.cut_short):
         print(f"the rejected clips and why: {options.output / REJECTED}")
 
 
@@ -110,28 +119,6 @@ def parse_share(text: str) -> tuple[int, int]:
     if not (slash and first.isdecimal() and second.isdecimal() and int(first) < int(second)):
         raise ValueError(f"--shard {text} must be I/N with I from 0 to N-1")
     return int(first), int(second)
-
-
-def frame_rate(text: str) -> float | None:
-    """Return the --fps value, None for keep. Raises ValueError for anything else."""
-    if text == "keep":
-        return None
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value <= 1000:
-        raise ValueError(f"--fps {text} must be a number above 0, or keep")
-    return value
-
-
-def check_size(size: ClipSize, stride: tuple[int, int, int]) -> None:
-    """Raise ValueError for sizes that the codec and the patches of 2x2 latents do not divide."""
-    if size.num_frames < 1 or (size.num_frames - 1) % stride[0]:
-        raise ValueError(f"--num_frames {size.num_frames} must be {stride[0]}n+1")
-    for name, value, step in (("height", size.height, 2 * stride[1]), ("width", size.width, 2 * stride[2])):
-        if value < step or value % step:
-            raise ValueError(f"--{name} {value} must be a multiple of {step}")
 
 
 def open_text(options: Options) -> tuple[TextEncoder, int]:

@@ -2,20 +2,22 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from megawan.data.cutting import ClipSize, Window, cut
 from megawan.data.latents import SHARD_BYTES, LatentStore, StoreWriter
 from megawan.data.manifest import Manifest, Row
-from megawan.data.video import BadClip, read_clip
-from megawan.files import sha256
+from megawan.data.video import BadClip, Frames, check_file
+from megawan.files import sha256, write_text
 
 REJECTED = "rejected.jsonl"
+CAPTIONS_KEPT = 32  # features of a long caption are 8 MiB
 
 
 class Codec(Protocol):
@@ -40,26 +42,20 @@ class Text(Protocol):
     def encode(self, texts: Sequence[str], max_length: int) -> list[Tensor]: ...
 
 
-@dataclass(frozen=True)
-class ClipSize:
-    """What every clip is cut and scaled to."""
-
-    num_frames: int
-    height: int
-    width: int
-    fps: float | None
-    """Frames a second after resampling; None keeps the file's frames."""
-
-
-@dataclass(frozen=True)
+@dataclass
 class Report:
-    """What an encode came to."""
+    """What an encode came to, and so far while it runs."""
 
-    store: LatentStore | None
+    store: LatentStore | None = None
     """The finished store; None after one of several shares."""
-    encoded: int
-    kept: int
-    rejected: list[tuple[Row, str]]
+    encoded: int = 0
+    """Samples that this call made."""
+    kept: int = 0
+    """Samples that an earlier call had made."""
+    rejected: list[tuple[Row, str]] = field(default_factory=list)
+    """Clips that gave no sample, and why."""
+    cut_short: list[tuple[Row, str, int]] = field(default_factory=list)
+    """Clips that are damaged behind their samples, what is wrong there, and how many samples they gave."""
 
 
 def encode(
@@ -74,16 +70,19 @@ def encode(
     device: torch.device,
     share: tuple[int, int] = (0, 1),
     shard_bytes: int = SHARD_BYTES,
-    tick: Callable[[], None] = lambda: None,
+    tick: Callable[[Report], None] = lambda _: None,
 ) -> Report:
-    """Encode every clip of `manifest` into the store `output` and return what was done; `tick` counts clips.
+    """Encode every clip of `manifest` into the store `output` and return what was done.
 
+    Each window of a clip (see `ClipSize`) is a sample, named by the file's bytes, the caption and its number.
     share (i, n) with n > 1 takes every n-th row from row i and writes no index: several tasks fill one store,
-    and a last call without a share finds all finished, and writes the index without copying anything.
+    and a last call without a share finds all finished, and writes the index without copying anything. `tick`
+    is called after every clip.
 
-    A clip that cannot be used is listed in OUTPUT/rejected.jsonl with the reason. Clips that a shard of an
-    earlier, interrupted call holds are kept. Raises ValueError when no clip can be used, when the folder
-    holds a store of other settings, or when the size does not fit the codec.
+    A clip that cannot be used is listed in OUTPUT/rejected.jsonl with the reason, whichever call found it
+    out; so is one that is damaged behind its samples. Samples that a shard of an earlier, interrupted call
+    holds are kept. Raises ValueError when no clip can be used, when the folder holds a store of other
+    settings, or when the size does not fit the codec.
     """
     settings = {
         "codec": codec_name,
@@ -93,66 +92,122 @@ def encode(
         "text_fingerprint": text.fingerprint,
         "text_dim": text.dim,
         "text_len": text_len,
-        "num_frames": size.num_frames,
-        "height": size.height,
-        "width": size.width,
-        "fps": size.fps,
+        **size.settings(),
     }
-    rejected: list[tuple[Row, str]] = []
-    order: dict[str, None] = {}  # keys of the usable clips, in the manifest's order
-    encoded = 0
-    features: dict[str, Tensor] = {}
+    report = Report()
+    order: dict[str, None] = {}  # keys of the samples, in the manifest's order
+    features = _Features(text, text_len)
     mine, shares = share
     rows = manifest.rows[mine::shares]
     part = f"{mine}of{shares}" if shares > 1 else ""
     with StoreWriter(output, settings, shard_bytes, part) as writer:
-        kept = writer.finished
+        stored = writer.rows
         for row in rows:
             try:
+                check_file(row.path)
                 digest = sha256(row.path)
-                key = sample_key(digest, row.prompt)
-                if key in order:
+                if sample_key(digest, row.prompt) in order:
                     raise BadClip(row.path, "the same file with the same caption is listed before")
-                if key not in kept:
-                    frames = read_clip(row.path, size.num_frames, size.height, size.width, size.fps)
-                    latents = codec.encode(to_pixels(frames).to(device))[0]
-                    if row.prompt not in features:
-                        (features[row.prompt],) = text.encode([row.prompt], text_len)
-                    source = {"prompt": row.prompt, "source": row.path.name, "source_sha256": digest}
-                    writer.add(key, {"latents": latents, "text": features[row.prompt]}, source)
-                    encoded += 1
-                order[key] = None
+                done = finished_windows(stored, digest, row.prompt, size)
+                if done:
+                    report.kept += len(done)
+                    order.update(dict.fromkeys(done))
+                    cut_short, number = stored[done[-1]].get("cut_short"), len(done)
+                else:
+                    for window in cut(row.path, size):
+                        key = sample_key(digest, row.prompt, window.number)
+                        order[key] = None
+                        cut_short, number = window.cut_short, window.number + 1
+                        if key in stored:
+                            report.kept += 1
+                            continue
+                        tensors = {
+                            **visual_tensors(window.frames, codec, device),
+                            "text": features[row.prompt],
+                        }
+                        writer.add(key, tensors, _describe(row, digest, window, size))
+                        report.encoded += 1
+                if cut_short:
+                    report.cut_short.append((row, cut_short, number))
             except (BadClip, OSError) as error:
-                rejected.append((row, str(error)))
-            tick()
+                report.rejected.append((row, str(error)))
+            tick(report)
         if not order:
-            why = rejected[0][1] if rejected else "this share has no rows"
+            why = report.rejected[0][1] if report.rejected else "this share has no rows"
             raise ValueError(f"0 usable clips of {len(rows)}; the first: {why}")
-        store = None
-        if shares > 1:
-            writer.flush()
-        else:
-            (empty,) = text.encode([""], text_len)
-            store = writer.finish(list(order), empty)
-            _write_rejected(output / REJECTED, rejected)
-    return Report(store, encoded, len(order) - encoded, rejected)
+        writer.flush()
+        if shares == 1:
+            _write_rejected(output / REJECTED, report)
+            report.store = writer.finish(list(order), features[""])
+    return report
 
 
-def sample_key(source_sha256: str, prompt: str) -> str:
-    """Return the name of a sample in its store: a digest of the file's bytes and the caption."""
-    return hashlib.blake2b(f"{source_sha256}\n{prompt}".encode(), digest_size=12).hexdigest()
+def visual_tensors(frames: Frames, codec: Codec, device: torch.device) -> dict[str, Tensor]:
+    """Return what a sample stores of its frames, by name (`Sample` has the names)."""
+    return {"latents": codec.encode(to_pixels(frames).to(device))[0]}
 
 
-def to_pixels(frames: Any) -> Tensor:
+def sample_key(source_sha256: str, prompt: str, window: int = 0) -> str:
+    """Return the name of a sample in its store: a digest of the file's bytes, the caption and the window."""
+    text = f"{source_sha256}\n{prompt}" + (f"\n{window}" if window else "")
+    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+
+
+def finished_windows(
+    stored: Mapping[str, Mapping[str, Any]], source_sha256: str, prompt: str, size: ClipSize
+) -> list[str]:
+    """Return the keys of all samples of a clip when all are in `stored`, key to row; else an empty list."""
+    keys: list[str] = []
+    while True:
+        key = sample_key(source_sha256, prompt, len(keys))
+        if key not in stored:
+            return []
+        keys.append(key)
+        if len(keys) == size.windows or stored[key].get("windows") == len(keys):
+            return keys
+
+
+def to_pixels(frames: Frames) -> Tensor:
     """Return pixels float32 [1, 3, T, H, W] in [-1, 1] of frames uint8 [T, H, W, 3]."""
     return torch.from_numpy(frames).permute(3, 0, 1, 2).unsqueeze(0).float() / 127.5 - 1
 
 
-def _write_rejected(file: Path, rejected: Sequence[tuple[Row, str]]) -> None:
-    file.unlink(missing_ok=True)
-    if rejected:
-        lines = [
-            json.dumps({"row": row.number, "file": str(row.path), "reason": reason})
-            for row, reason in rejected
-        ]
-        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+class _Features:
+    """Captions' features, the last few kept: windows of one clip share a caption, and some datasets do."""
+
+    def __init__(self, text: Text, text_len: int) -> None:
+        self._text = text
+        self._text_len = text_len
+        self._kept: dict[str, Tensor] = {}
+
+    def __getitem__(self, prompt: str) -> Tensor:
+        if prompt not in self._kept:
+            if len(self._kept) == CAPTIONS_KEPT:
+                del self._kept[next(iter(self._kept))]
+            (self._kept[prompt],) = self._text.encode([prompt], self._text_len)
+        return self._kept[prompt]
+
+
+def _describe(row: Row, digest: str, window: Window, size: ClipSize) -> dict[str, Any]:
+    """Return the index's row of a sample: where it comes from."""
+    described: dict[str, Any] = {"prompt": row.prompt, "source": row.path.name, "source_sha256": digest}
+    if size.windows != 1:
+        described["start"] = window.start
+        if window.last:
+            described["windows"] = window.number + 1
+        if window.cut_short:
+            described["cut_short"] = window.cut_short
+    return described
+
+
+def _write_rejected(file: Path, report: Report) -> None:
+    entries = [(row, reason, 0) for row, reason in report.rejected] + report.cut_short
+    entries.sort(key=lambda entry: entry[0].number)
+    if not entries:
+        file.unlink(missing_ok=True)
+        return
+    lines = [
+        json.dumps({"row": row.number, "file": str(row.path), "reason": reason, "samples": samples})
+        for row, reason, samples in entries
+    ]
+    write_text(file, "\n".join(lines) + "\n")

@@ -58,7 +58,10 @@ class LatentStore:
     @property
     def fingerprint(self) -> str:
         """Return a digest of settings and all samples: equal stores train equal runs."""
-        rows = [[row["source_sha256"], row["prompt"], row["shape"]] for row in self._rows]
+        rows = [
+            [row["source_sha256"], row["prompt"], row["shape"], *([row["start"]] if "start" in row else [])]
+            for row in self._rows
+        ]
         return _digest({"settings": self.settings, "rows": rows})[:16]
 
     @property
@@ -87,7 +90,9 @@ class LatentStore:
     def describe(self) -> str:
         """Return what the store holds, for the start-up lines."""
         shapes = sorted(set(self.shapes))
-        shown = str(list(shapes[0])) if len(shapes) == 1 else f"{len(shapes)} shapes"
+        shown = str(list(shapes[0]))
+        if len(shapes) > 1:
+            shown = f"of {len(shapes)} shapes from {shown} to {list(shapes[-1])}"
         codec = self.settings["codec"]
         return f"{self.path}: {len(self)} samples, latents {shown} by {codec}, text {self.text_dim}"
 
@@ -164,7 +169,12 @@ class StoreWriter:
     @property
     def finished(self) -> set[str]:
         """Return the keys of the samples that are safely in a shard."""
-        return {row["key"] for row in self._rows}
+        return set(self.rows)
+
+    @property
+    def rows(self) -> dict[str, dict[str, Any]]:
+        """Return what the index will say of the samples that are safely in a shard, by key."""
+        return {row["key"]: row for row in self._rows}
 
     def add(self, key: str, tensors: Mapping[str, Tensor], row: Mapping[str, Any]) -> None:
         """Add one sample: tensors "latents", "text" (+ "clip", "condition") and what the index says of it."""

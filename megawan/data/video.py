@@ -90,6 +90,23 @@ def read_clip(path: Path, num_frames: int, height: int, width: int, fps: float |
         return next(windows)[1]
 
 
+def check_file(path: Path) -> None:
+    """Raise BadClip unless `path` is a file with something in it; a pipe would be waited on for ever."""
+    if "\0" in str(path):
+        raise BadClip(path, "has a NUL byte in its name")
+    try:
+        if path.is_dir():
+            raise BadClip(path, "is a folder, not a video")
+        if not path.exists():
+            raise BadClip(path, "does not exist")
+        if not path.is_file():
+            raise BadClip(path, "is not a regular file")
+        if not path.stat().st_size:
+            raise BadClip(path, "is empty")
+    except OSError as error:
+        raise BadClip(path, f"cannot be opened ({error.strerror or error})") from None
+
+
 def read_windows(
     path: Path,
     num_frames: int,
@@ -228,11 +245,12 @@ def pictures(path: Path, fps: float | None) -> Iterator[Picture]:
         yield from _decoded(path)
         return
     due = 0
+    # A frame that is due exactly at k / fps must not lose to rounding, and Matroska counts milliseconds.
+    tolerance = min(6e-4, 0.1 / fps)
     for frame in _decoded(path):
         repeated = False
-        # Half a microsecond: a frame that is due exactly at k / fps must not lose to rounding. The first
-        # frame is always due, also that of an image, which lasts no time.
-        while due == 0 or (due / fps < frame.end - 5e-7 and not frame.still):
+        # The first frame is always due, also that of an image, which lasts no time.
+        while due == 0 or (due / fps < frame.end - tolerance and not frame.still):
             if due == MAX_FRAMES:  # the file may claim that a picture lasts for years
                 raise BadClip(path, f"has more than {MAX_FRAMES:,} frames at {fps:g} fps")
             yield replace(frame, repeated=repeated)
@@ -242,17 +260,8 @@ def pictures(path: Path, fps: float | None) -> Iterator[Picture]:
 
 def _decoded(path: Path) -> Iterator[Picture]:
     """Yield every frame of a video, or the one of an image; raises BadClip where it cannot go on."""
-    if "\0" in str(path):
-        raise BadClip(path, "has a NUL byte in its name")
+    check_file(path)
     try:
-        if path.is_dir():
-            raise BadClip(path, "is a folder, not a video")
-        if not path.exists():
-            raise BadClip(path, "does not exist")
-        if not path.is_file():
-            raise BadClip(path, "is not a regular file")
-        if not path.stat().st_size:
-            raise BadClip(path, "is empty")
         file = open(path, "rb")
     except OSError as error:
         raise BadClip(path, f"cannot be opened ({error.strerror or error})") from None

@@ -1,0 +1,368 @@
+"""From files to a store: windows, buckets, images, restarts, and a report that says what was left out."""
+
+import json
+import multiprocessing
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megawan.data.buckets import Budget
+from megawan.data.cutting import ClipSize, CutOptions, clip_size, cut, plan_windows
+from megawan.data.encoding import REJECTED, to_pixels
+from megawan.data.latents import LatentStore
+from megawan.data.video import BadClip, pictures
+from megawan.encoders.dct import DctCodec
+from megawan.rng import generator_at
+from tests.data.encoding import contents, listed, numbers, ramp, run, write, write_image
+
+FIXED = ClipSize(5, 32, 32, 16)
+BUDGET = Budget((13, 9, 5), 48 * 64, None, 16, (4, 8, 8))
+AUTO = ClipSize(13, 32, 32, 16, BUDGET)
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files of every length, shape and kind, and damaged ones."""
+    folder = tmp_path_factory.mktemp("media")
+    write(folder / "long.mkv", ramp(23))
+    write(folder / "exact.mkv", ramp(13, 64, 48))
+    write(folder / "short.mkv", ramp(6))
+    write(folder / "shorter.mkv", ramp(4))
+    write(folder / "fast.mkv", ramp(40), rate=32)
+    write(folder / "small.mkv", ramp(20, 32, 36))
+    write(folder / "tiny.mkv", ramp(20, 8, 36))
+    write_image(folder / "still.png", ramp(1, 40, 60))
+    write_image(folder / "still.jpg", ramp(1, 90, 60))
+    write_image(folder / "still.webp", ramp(1, 40, 60))
+    write_image(folder / "still.gif", ramp(1, 40, 60))
+    write_image(folder / "moving.webp", ramp(6, 40, 60), duration=125)
+    write_image(folder / "moving.png", ramp(6, 40, 60), duration=125)
+    write_image(folder / "moving.gif", ramp(6, 40, 60), duration=120)
+    whole = write(folder / "whole.mkv", np.repeat(ramp(23), 2, axis=2)).read_bytes()
+    (folder / "cut.mkv").write_bytes(whole[: int(len(whole) * 0.75)])
+    avi = write(folder / "whole.avi", noise(24), codec="mpeg4", pix_fmt="yuv420p").read_bytes()
+    middle = int(len(avi) * 0.8)
+    (folder / "zeroed.avi").write_bytes(avi[:middle] + bytes(400) + avi[middle + 400 :])
+    (folder / "empty.mkv").write_bytes(b"")
+    (folder / "text.mp4").write_text("no video")
+    return folder
+
+
+def noise(frames: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (frames, 48, 64, 3), dtype=np.uint8)
+
+
+def names(media: Path) -> list[str]:
+    return sorted(path.name for path in media.iterdir())
+
+
+# What a file gives.
+
+
+@pytest.mark.parametrize(
+    ("name", "frames"),
+    [("moving.webp", 12), ("moving.png", 12), ("moving.gif", 12), ("still.gif", 1), ("still.webp", 1)],
+)
+def test_animations_are_clips_and_stills_are_one_frame(media: Path, name: str, frames: int) -> None:
+    found = list(pictures(media / name, 16))  # six pictures of 125 ms (gif: 120) are twelve of 1/16 s
+    assert len(found) == frames
+    assert [frame.still for frame in found] == [frames == 1] * frames
+    level = [numbers(frame.pixels[None])[0] for frame in found]
+    assert level == sorted(level) and level[0] == 0 and level[-1] == (5 if frames > 1 else 0)
+
+
+@pytest.mark.parametrize("size", [FIXED, AUTO])
+@pytest.mark.parametrize("name", ["still.png", "still.jpg", "still.webp", "still.gif"])
+def test_an_image_is_a_sample_of_one_frame(media: Path, name: str, size: ClipSize) -> None:
+    (window,) = cut(media / name, size)
+    assert window.frames.shape == (1, *size.size_of(1, *((90, 60) if name == "still.jpg" else (40, 60))), 3)
+
+
+@pytest.mark.parametrize(
+    ("windows", "stride", "starts"),
+    [
+        (1, None, [0]),
+        (2, None, [0, 5]),
+        (None, None, [0, 5, 10, 15]),
+        (None, 3, [0, 3, 6, 9, 12, 15, 18]),
+        (None, 9, [0, 9, 18]),
+        (9, 18, [0, 18]),
+    ],
+)
+def test_windows_start_every_stride_frames(
+    media: Path, windows: int | None, stride: int | None, starts: list[int]
+) -> None:
+    size = ClipSize(5, 16, 16, None, windows=windows, window_stride=stride)
+    found = list(cut(media / "long.mkv", size))
+    assert [window.start for window in found] == starts
+    assert [window.number for window in found] == list(range(len(starts)))
+    assert [window.last for window in found] == [False] * (len(starts) - 1) + [True]
+    for window in found:
+        assert numbers(window.frames) == list(range(window.start, window.start + 5))
+
+
+def test_windows_are_counted_after_resampling(media: Path) -> None:
+    size = ClipSize(5, 16, 16, 16, windows=None)
+    found = list(cut(media / "fast.mkv", size))  # 40 frames at 32 a second are 20 at 16
+    assert [window.start for window in found] == [0, 5, 10, 15]
+    assert numbers(found[1].frames) == [10, 12, 14, 16, 18]
+
+
+@pytest.mark.parametrize("stride", [None, 1, 4, 20])
+@pytest.mark.parametrize("windows", [1, 2, None])
+@pytest.mark.parametrize("budget", [None, BUDGET])
+def test_what_is_planned_is_what_is_cut(
+    media: Path, budget: Budget | None, windows: int | None, stride: int | None
+) -> None:
+    size = ClipSize(13, 48, 64, 16, budget, windows, stride)
+    gave = 0
+    for name in names(media):
+        try:
+            found = [(window.start, window.frames.shape[:3]) for window in cut(media / name, size)]
+        except BadClip:
+            found = []
+        seen, shape, still, damaged = 0, (1, 1), False, False
+        try:
+            for frame in pictures(media / name, 16):
+                shape = frame.pixels.shape[:2] if not seen else shape
+                seen, still = seen + 1, frame.still
+        except BadClip:
+            damaged = True
+        try:
+            bucket, starts = plan_windows(seen, *shape, size, still=still, damaged=damaged)
+            planned = [(start, (bucket.frames, bucket.height, bucket.width)) for start in starts]
+        except ValueError:
+            planned = []
+        assert found == planned, name
+        gave += bool(found)
+    assert gave >= 9
+
+
+def test_damage_behind_a_window_keeps_it_and_is_told(media: Path) -> None:
+    found = list(cut(media / "zeroed.avi", ClipSize(5, 16, 16, None, windows=None)))
+    assert 1 <= len(found) <= 3
+    assert found[-1].last and "damaged frame, number" in str(found[-1].cut_short)
+    assert [window.cut_short for window in found[:-1]] == [None] * (len(found) - 1)
+    (first,) = cut(media / "zeroed.avi", ClipSize(5, 16, 16, None))
+    assert first.cut_short is None  # nobody looked that far
+    with pytest.raises(BadClip, match="damaged frame, number"):
+        list(cut(media / "zeroed.avi", ClipSize(17, 16, 16, None)))
+    with pytest.raises(BadClip, match="damaged frame, number"):  # not a shorter clip in its place
+        list(cut(media / "zeroed.avi", ClipSize(17, 16, 16, None, Budget((17, 5), 999, None, 16, (4, 8, 8)))))
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "said"),
+    [
+        ("shorter.mkv", FIXED, "has 4 frames at 16 fps; 5 are needed"),
+        ("shorter.mkv", AUTO, "has 4 frames at 16 fps; 5 are needed"),
+        ("tiny.mkv", AUTO, "is 36x8, smaller than 16x16"),
+    ],
+)
+def test_what_fits_no_bucket_is_refused_with_the_reason(
+    media: Path, name: str, size: ClipSize, said: str
+) -> None:
+    with pytest.raises(BadClip, match=said):
+        list(cut(media / name, size))
+
+
+# Flags.
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"num_frames": 80}, "--num_frames 80 must be 4n.1"),
+        ({"height": 40}, "--height 40 must be a multiple of 16"),
+        ({"windows": "0"}, "--windows 0 must be a whole number above 0, or all"),
+        ({"windows": "many"}, "--windows many"),
+        ({"windows": "2", "window_stride": 0}, "--window_stride 0"),
+        ({"window_stride": 8}, "--window_stride means nothing with one window"),
+        ({"max_tokens": 100}, "--max_tokens needs --bucket auto"),
+        ({"bucket": "auto", "max_area": "4x4x4"}, "--max_area 4x4x4"),
+        ({"bucket": "auto", "max_area": "big"}, "--max_area big"),
+        ({"bucket": "auto", "frame_buckets": "81,x"}, "--frame_buckets x"),
+        ({"bucket": "auto", "frame_buckets": "41,21"}, "must contain --num_frames 81"),
+        ({"bucket": "auto", "frame_buckets": "97,81"}, "97 is above --num_frames 81"),
+        ({"bucket": "auto", "bucket_step": 24}, "multiple of 16; given: 24"),
+        ({"bucket": "auto", "max_tokens": 3}, "3 tokens do not hold"),
+        ({"fps": "fast"}, "--fps fast must be a number above 0, or keep"),
+    ],
+)
+def test_flags_that_contradict_or_mean_nothing_are_refused(flags: dict[str, object], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        clip_size(CutOptions(**flags), (4, 8, 8))  # type: ignore[arg-type]
+
+
+def test_flags_become_a_size() -> None:
+    assert clip_size(CutOptions(), (4, 8, 8)) == ClipSize(81, 480, 832, 16.0)
+    auto = CutOptions(bucket="auto", max_area="480*832", max_tokens=32760, windows="all", fps="keep")
+    budget = Budget((81, 41, 21, 9, 5), 480 * 832, 32760, 32, (4, 16, 16))
+    assert clip_size(auto, (4, 16, 16)) == ClipSize(81, 480, 832, None, budget, None)
+    assert clip_size(CutOptions(bucket="auto", frame_buckets="49, 81"), (4, 8, 8)).budget == Budget(
+        (49, 81), 480 * 832, None, 16, (4, 8, 8)
+    )
+
+
+# Stores.
+
+
+def test_each_window_is_a_sample_with_its_own_latents(media: Path, tmp_path: Path) -> None:
+    size = ClipSize(5, 32, 32, 16, windows=None)
+    report = run(listed(media, "long.mkv", "short.mkv", "still.png"), tmp_path / "s", size)
+    assert report.store is not None and (report.encoded, report.kept, report.rejected) == (6, 0, [])
+    files = ["long.mkv", "short.mkv", "still.png"]
+    windows = [(name, window.frames) for name in files for window in cut(media / name, size)]
+    assert len(windows) == len(report.store)
+    for number, (name, frames) in enumerate(windows):
+        sample = report.store[number]
+        assert torch.equal(sample.latents, DctCodec("cpu").encode(to_pixels(frames))[0])
+        assert sample.prompt == f"caption of {name}"
+    index = json.loads((tmp_path / "s" / "index.json").read_text())
+    assert [row["start"] for row in index["samples"]] == [0, 5, 10, 15, 0, 0]
+    assert len({row["key"] for row in index["samples"]}) == 6
+    one = run(listed(media, "long.mkv", "short.mkv"), tmp_path / "one", FIXED).store
+    other = run(
+        listed(media, "long.mkv", "short.mkv"), tmp_path / "other", ClipSize(5, 32, 32, 16, windows=2)
+    ).store
+    assert one is not None and other is not None and one.fingerprint != other.fingerprint
+
+
+def test_a_store_of_one_size_and_one_window_is_as_it_always_was(media: Path, tmp_path: Path) -> None:
+    run(listed(media, "long.mkv"), tmp_path / "s", FIXED)
+    index = json.loads((tmp_path / "s" / "index.json").read_text())
+    assert list(index["settings"])[-4:] == ["num_frames", "height", "width", "fps"]
+    assert set(index["samples"][0]) == {"key", "shape", "prompt", "source", "source_sha256", "shard"}
+    # blake2b of "<sha256>\n<caption>": the key of a first window never changes
+    assert len(index["samples"][0]["key"]) == 24
+
+
+def test_every_clip_gets_its_bucket(media: Path, tmp_path: Path) -> None:
+    report = run(listed(media, *names(media)), tmp_path / "s", AUTO)
+    assert report.store is not None
+    shapes = {
+        row["source"]: tuple(row["shape"])
+        for row in json.loads((tmp_path / "s/index.json").read_text())["samples"]
+    }
+    assert shapes["long.mkv"] == (16, 4, 6, 8)
+    assert shapes["exact.mkv"] == (16, 4, 8, 6)
+    assert shapes["short.mkv"] == (16, 2, 6, 8)
+    assert shapes["moving.webp"] == (16, 3, 4, 6)
+    assert shapes["small.mkv"] == (16, 4, 4, 4)
+    assert shapes["still.jpg"] == (16, 1, 8, 6)
+    rejected = {row.path.name: why for row, why in report.rejected}
+    assert sorted(rejected) == ["empty.mkv", "shorter.mkv", "text.mp4", "tiny.mkv"]
+    settings = json.loads((tmp_path / "s" / "index.json").read_text())["settings"]
+    assert settings["bucket"] == {
+        "lengths": [5, 9, 13], "max_area": 3072, "max_tokens": None, "step": 16, "max_upscale": 1.0
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="encoded with other settings .bucket"):
+        run(listed(media, "long.mkv"), tmp_path / "s", ClipSize(13, 32, 32, 16))
+
+
+def test_a_pipe_is_not_waited_for(media: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.mp4")
+    manifest = listed(tmp_path, "pipe.mp4")
+    with pytest.raises(ValueError, match=r"0 usable clips of 1; the first: .*is not a regular file"):
+        run(manifest, tmp_path / "s", FIXED)
+
+
+@pytest.mark.parametrize("windows", [1, 3, None])
+@pytest.mark.parametrize("shard_bytes", [1, 13_000, 40_000])
+def test_a_second_call_makes_nothing_and_reports_the_same(
+    media: Path, tmp_path: Path, windows: int | None, shard_bytes: int
+) -> None:
+    size = ClipSize(13, 32, 32, 16, BUDGET, windows)
+    manifest = listed(media, *names(media), "long.mkv")
+    first = run(manifest, tmp_path / "s", size, shard_bytes=shard_bytes)
+    before = contents(tmp_path / "s")
+    lines = [json.loads(line) for line in (tmp_path / "s" / REJECTED).read_text().splitlines()]
+    again = run(manifest, tmp_path / "s", size, shard_bytes=shard_bytes)
+    assert contents(tmp_path / "s") == before
+    assert (again.encoded, again.kept) == (0, first.encoded)
+    assert (again.rejected, again.cut_short) == (first.rejected, first.cut_short)
+    assert [line["row"] for line in lines] == sorted(line["row"] for line in lines)
+    assert "listed before" in next(line["reason"] for line in lines if line["file"].endswith("long.mkv"))
+    if windows is None:
+        damaged = next(line for line in lines if line["file"].endswith("zeroed.avi"))
+        assert damaged["samples"] == 1 and "damaged frame" in damaged["reason"]
+
+
+def test_rows_that_went_away_leave_the_report(media: Path, tmp_path: Path) -> None:
+    run(listed(media, "long.mkv", "text.mp4"), tmp_path / "s", FIXED)
+    assert (tmp_path / "s" / REJECTED).exists()
+    run(listed(media, "long.mkv"), tmp_path / "s", FIXED)
+    assert not (tmp_path / "s" / REJECTED).exists()
+
+
+def test_shares_give_the_samples_and_the_report_of_one_call(media: Path, tmp_path: Path) -> None:
+    manifest = listed(media, *names(media))
+    size = ClipSize(13, 32, 32, 16, BUDGET, None)
+    whole = run(manifest, tmp_path / "whole", size)
+    for number in (2, 0, 1):
+        run(manifest, tmp_path / "parts", size, share=(number, 3))
+    parts = run(manifest, tmp_path / "parts", size)
+    assert parts.encoded == 0 and whole.store is not None and parts.store is not None
+    assert parts.store.fingerprint == whole.store.fingerprint
+    assert (tmp_path / "parts" / REJECTED).read_text() == (tmp_path / "whole" / REJECTED).read_text()
+
+
+# Killed at any moment.
+
+
+def _encode_in_a_child(media: str, output: str) -> None:
+    folder = Path(media)
+    run(
+        listed(folder, *names(folder)),
+        Path(output),
+        ClipSize(13, 32, 32, 16, BUDGET, None),
+        shard_bytes=9_000,
+    )
+
+
+@pytest.mark.timeout(120)
+def test_killed_at_random_moments_it_ends_in_the_same_bytes(media: Path, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("forkserver")  # forks from a process that has imported this file
+    context.set_forkserver_preload([__name__])
+
+    def start(output: Path) -> multiprocessing.process.BaseProcess:
+        child = context.Process(target=_encode_in_a_child, args=(str(media), str(output)), daemon=True)
+        child.start()
+        return child
+
+    started = time.monotonic()
+    whole = start(tmp_path / "whole")
+    whole.join(60)
+    assert whole.exitcode == 0
+    longest = time.monotonic() - started  # with the imports: many kills come late in the first, fewer later
+    started = time.monotonic()
+    again = start(tmp_path / "again")
+    again.join(60)
+    longest = min(longest, time.monotonic() - started)
+    expected = contents(tmp_path / "whole")
+    assert contents(tmp_path / "again") == expected and len(expected) > 6
+
+    stopped_inside = 0
+    for seed in range(4):
+        output = tmp_path / f"killed{seed}"
+        for kill in range(4):
+            child = start(output)
+            moment = torch.rand(1, generator=generator_at(seed, "kill", kill), dtype=torch.float64).item()
+            child.join(moment * longest)
+            child.kill()
+            child.join(30)
+            assert child.exitcode is not None
+            found = contents(output) if output.exists() else {}
+            stopped_inside += 0 < len(found) < len(expected)
+            # What has its name is whole, whenever it ended.
+            assert all(expected[name] == found[name] for name in found if not name.endswith(".tmp"))
+        child = start(output)
+        child.join(60)
+        assert child.exitcode == 0
+        assert contents(output) == expected
+        LatentStore(output).verify()
+    assert stopped_inside >= 3, "the kills missed the encoding; the test proves nothing"
