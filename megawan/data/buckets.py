@@ -89,10 +89,10 @@ class Budget:
                 continue
             # Width of the largest whole picture in row x column, times both heights: an integer.
             inside = min(column * height, row * width)
-            # Sides that stick out beyond the step that holds that picture would only be cut off again.
-            lean_row = min(row, -(-inside // width))
-            lean_column = min(column, -(-inside // height))
-            found = (inside, -lean_row * lean_column), (lean_row, lean_column)
+            # Columns beyond those that hold that picture would only be cut off again; fewer rows come by
+            # themselves.
+            column = -(-inside // height)
+            found = (inside, -row * column), (row, column)
             best = found if best is None else max(best, found)
         if best is None:
             raise ValueError(

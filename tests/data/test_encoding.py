@@ -3,8 +3,11 @@
 import json
 import multiprocessing
 import os
-import time
+import signal
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 
 import numpy as np
 import pytest
@@ -313,56 +316,119 @@ def test_shares_give_the_samples_and_the_report_of_one_call(media: Path, tmp_pat
 
 # Killed at any moment.
 
+KILLED = ClipSize(13, 32, 32, 16, BUDGET, None, 4)
+KILLABLE = tuple(f"megawan/{name}.py" for name in ("files", "data/latents", "data/encoding", "data/cutting"))
 
-def _encode_in_a_child(media: str, output: str) -> None:
+
+def encode_until(media: str, output: str, moment: int, counted: str) -> None:
+    """Encode in this process, killed by SIGKILL before the moment-th line of our writing code; 0 kills never.
+
+    How many lines there were, and which of them write files, is written into `counted`.
+    """
+    lines, writing = 0, []
+
+    def trace(frame: FrameType, event: str, _: object) -> Callable[..., object] | None:
+        nonlocal lines
+        if not frame.f_code.co_filename.endswith(KILLABLE):
+            return None
+        if event == "line":
+            lines += 1
+            if frame.f_code.co_name in ("write_tensors", "write_text", "_rename", "sync"):
+                writing.append(lines)
+            if lines == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return trace
+
     folder = Path(media)
-    run(
-        listed(folder, *names(folder)),
-        Path(output),
-        ClipSize(13, 32, 32, 16, BUDGET, None),
-        shard_bytes=9_000,
-    )
+    sys.settrace(trace)
+    run(listed(folder, *names(folder)), Path(output), KILLED, shard_bytes=20_000)
+    sys.settrace(None)
+    Path(counted).write_text(json.dumps([lines, writing]))
+
+
+@pytest.fixture(scope="module")
+def encoded(media: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path, int], int]]:
+    """A function that encodes `media` into a folder in a process of its own, and returns its exit code."""
+    context = multiprocessing.get_context("forkserver")  # forks from a process that has imported this file
+    context.set_forkserver_preload([__name__])
+    children: list[multiprocessing.process.BaseProcess] = []
+
+    def start(output: Path, moment: int, seconds: float = 60) -> int:
+        counted = str(output.with_suffix(".lines"))
+        child = context.Process(target=encode_until, args=(str(media), str(output), moment, counted))
+        children.append(child)
+        child.start()
+        child.join(seconds)
+        child.kill()
+        child.join(30)
+        assert child.exitcode is not None
+        return child.exitcode
+
+    yield start
+    for child in children:
+        child.kill()
+
+
+@pytest.fixture(scope="module")
+def whole(media: Path, tmp_path_factory: pytest.TempPathFactory, encoded: Callable[[Path, int], int]) -> Path:
+    """What an encode that nobody disturbs gives."""
+    output = tmp_path_factory.mktemp("undisturbed") / "store"
+    assert encoded(output, 0) == 0
+    samples = json.loads((output / "index.json").read_text())["samples"]
+    clips = {}
+    for row in samples:
+        clips.setdefault(row["source"], set()).add(row["shard"])
+    assert len(list(output.glob("shard_*"))) > 6 and max(len(shards) for shards in clips.values()) > 1
+    return output
+
+
+def what_is_left_is_whole(output: Path, expected: dict[str, bytes]) -> bool:
+    found = contents(output) if output.exists() else {}
+    return all(expected[name] == found[name] for name in found if not name.endswith(".tmp"))
 
 
 @pytest.mark.timeout(120)
-def test_killed_at_random_moments_it_ends_in_the_same_bytes(media: Path, tmp_path: Path) -> None:
-    context = multiprocessing.get_context("forkserver")  # forks from a process that has imported this file
-    context.set_forkserver_preload([__name__])
+@pytest.mark.parametrize("seed", range(5))
+def test_killed_at_random_moments_it_ends_in_the_same_bytes(
+    seed: int, whole: Path, tmp_path: Path, encoded: Callable[[Path, int], int]
+) -> None:
+    expected, output = contents(whole), tmp_path / "store"
+    lines, _ = json.loads(whole.with_suffix(".lines").read_text())
+    draws = torch.rand(4, generator=generator_at(seed, "kill"), dtype=torch.float64).tolist()
+    for kill, draw in enumerate(draws):
+        # The first comes anywhere, the next ones sooner, because less and less is left to do.
+        ended = encoded(output, 1 + int(draw * lines / (1 + kill)))
+        assert ended in (0, -signal.SIGKILL)
+        assert what_is_left_is_whole(output, expected)
+        if ended == 0:
+            break
+    assert encoded(output, 0) == 0
+    assert contents(output) == expected
+    LatentStore(output).verify()
 
-    def start(output: Path) -> multiprocessing.process.BaseProcess:
-        child = context.Process(target=_encode_in_a_child, args=(str(media), str(output)), daemon=True)
-        child.start()
-        return child
 
-    started = time.monotonic()
-    whole = start(tmp_path / "whole")
-    whole.join(60)
-    assert whole.exitcode == 0
-    longest = time.monotonic() - started  # with the imports: many kills come late in the first, fewer later
-    started = time.monotonic()
-    again = start(tmp_path / "again")
-    again.join(60)
-    longest = min(longest, time.monotonic() - started)
-    expected = contents(tmp_path / "whole")
-    assert contents(tmp_path / "again") == expected and len(expected) > 6
+@pytest.mark.timeout(120)
+def test_killed_at_any_line_that_writes_a_shard_or_the_index_it_ends_in_the_same_bytes(
+    whole: Path, tmp_path: Path, encoded: Callable[[Path, int], int]
+) -> None:
+    expected = contents(whole)
+    _, writing = json.loads(whole.with_suffix(".lines").read_text())
+    shard = len(writing) // (len(expected) - 1)  # the lines that write one shard, or a few more
+    for moment in writing[shard : 2 * shard] + writing[-8:]:
+        output = tmp_path / f"killed{moment}"
+        assert encoded(output, moment) == -signal.SIGKILL
+        assert what_is_left_is_whole(output, expected)
+        if moment % 3 == 0 or moment == writing[-1]:
+            assert encoded(output, 0) == 0
+            assert contents(output) == expected
 
-    stopped_inside = 0
-    for seed in range(4):
-        output = tmp_path / f"killed{seed}"
-        for kill in range(4):
-            child = start(output)
-            moment = torch.rand(1, generator=generator_at(seed, "kill", kill), dtype=torch.float64).item()
-            child.join(moment * longest)
-            child.kill()
-            child.join(30)
-            assert child.exitcode is not None
-            found = contents(output) if output.exists() else {}
-            stopped_inside += 0 < len(found) < len(expected)
-            # What has its name is whole, whenever it ended.
-            assert all(expected[name] == found[name] for name in found if not name.endswith(".tmp"))
-        child = start(output)
-        child.join(60)
-        assert child.exitcode == 0
-        assert contents(output) == expected
-        LatentStore(output).verify()
-    assert stopped_inside >= 3, "the kills missed the encoding; the test proves nothing"
+
+@pytest.mark.timeout(120)
+def test_killed_from_outside_it_ends_in_the_same_bytes(
+    whole: Path, tmp_path: Path, encoded: Callable[..., int]
+) -> None:
+    output = tmp_path / "store"
+    for seconds in (0.2, 0.05, 0.4, 0.1):
+        encoded(output, 0, seconds)
+    assert encoded(output, 0) == 0
+    assert contents(output) == contents(whole)
