@@ -236,18 +236,22 @@ def _fit(path: Path, pixels: Frames, height: int, width: int) -> Frames:
     return crop_and_resize(pixels, height, width)
 
 
-def pictures(path: Path, fps: float | None) -> Iterator[Picture]:
+def pictures(
+    path: Path, fps: float | None, decoded: Callable[[Picture], None] = lambda _: None
+) -> Iterator[Picture]:
     """Yield the picture that is on screen at each k / fps, in order; all pictures when fps is None.
 
-    Raises BadClip where the file cannot be decoded any further.
+    `decoded` is called with every picture of the file, also those that the rate leaves out. Raises BadClip
+    where the file cannot be decoded any further.
     """
-    if fps is None:
-        yield from _decoded(path)
-        return
     due = 0
     # A frame that is due exactly at k / fps must not lose to rounding, and Matroska counts milliseconds.
-    tolerance = min(6e-4, 0.1 / fps)
+    tolerance = 0.0 if fps is None else min(6e-4, 0.1 / fps)
     for frame in _decoded(path):
+        decoded(frame)
+        if fps is None:
+            yield frame
+            continue
         repeated = False
         # The first frame is always due, also that of an image, which lasts no time.
         while due == 0 or (due / fps < frame.end - tolerance and not frame.still):
