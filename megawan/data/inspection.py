@@ -155,7 +155,7 @@ def look(path: Path, fps: float | None) -> Look:
     dark = np.quantile(grey, 0.98, axis=(1, 2)) < BLACK
     away = np.abs(grey - grey[:1]).mean(axis=(1, 2))
     change = np.abs(np.diff(grey, axis=0)).mean(axis=(1, 2))
-    cut = (change > CUT) & (change > 5 * (np.median(change) if len(change) else 0))
+    cut = (change > CUT) & (change > 3 * (np.median(change) if len(change) else 0))
     down, right = np.gradient(grey[0])
     chosen = [thumbs[0], thumbs[len(thumbs) // 2], thumbs[-1]]
     return Look(
@@ -249,7 +249,7 @@ def _lookalikes(found: Sequence[Checked]) -> Iterator[tuple[Checked, Checked]]:
 
 
 def _thumb(pixels: Frames) -> NDArray[np.uint8]:
-    small = Image.fromarray(pixels).resize((THUMB, THUMB), Image.Resampling.BOX)
+    small = Image.fromarray(pixels).resize((THUMB, THUMB), Image.Resampling.BILINEAR)
     return np.asarray(small)
 
 

@@ -101,3 +101,34 @@ def run(
 def contents(folder: Path) -> dict[str, bytes]:
     """Return every file of a folder."""
     return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+def noise(frames: int) -> Frames:
+    """Frames of which no two are alike."""
+    return np.random.default_rng(0).integers(0, 256, (frames, 48, 64, 3), dtype=np.uint8)
+
+
+def make_media(folder: Path) -> Path:
+    """Write files of every length, shape and kind, and damaged ones."""
+    write(folder / "long.mkv", ramp(23))
+    write(folder / "exact.mkv", ramp(13, 64, 48))
+    write(folder / "short.mkv", ramp(6))
+    write(folder / "shorter.mkv", ramp(4))
+    write(folder / "fast.mkv", ramp(40), rate=32)
+    write(folder / "small.mkv", ramp(20, 32, 36))
+    write(folder / "tiny.mkv", ramp(20, 8, 36))
+    write_image(folder / "still.png", ramp(1, 40, 60))
+    write_image(folder / "still.jpg", ramp(1, 90, 60))
+    write_image(folder / "still.webp", ramp(1, 40, 60))
+    write_image(folder / "still.gif", ramp(1, 40, 60))
+    write_image(folder / "moving.webp", ramp(6, 40, 60), duration=125)
+    write_image(folder / "moving.png", ramp(6, 40, 60), duration=125)
+    write_image(folder / "moving.gif", ramp(6, 40, 60), duration=120)
+    whole = write(folder / "whole.mkv", np.repeat(ramp(23), 2, axis=2)).read_bytes()
+    (folder / "cut.mkv").write_bytes(whole[: int(len(whole) * 0.75)])
+    avi = write(folder / "whole.avi", noise(24), codec="mpeg4", pix_fmt="yuv420p").read_bytes()
+    middle = int(len(avi) * 0.8)
+    (folder / "zeroed.avi").write_bytes(avi[:middle] + bytes(400) + avi[middle + 400 :])
+    (folder / "empty.mkv").write_bytes(b"")
+    (folder / "text.mp4").write_text("no video")
+    return folder
