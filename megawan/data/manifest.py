@@ -15,7 +15,10 @@ from typing import Any
 FILE_COLUMNS = ("video", "file_path", "file_name", "path", "image")
 PROMPT_COLUMNS = ("prompt", "text", "caption")
 METADATA_NAMES = ("metadata.csv", "metadata.json", "metadata.jsonl")
-CLIP_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif", ".png", ".jpg", ".jpeg", ".webp")
+CLIP_SUFFIXES = (
+    *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".flv", ".wmv"),
+    *(".gif", ".png", ".jpg", ".jpeg", ".webp", ".bmp"),
+)
 LONGEST_FIELD = 1 << 20
 
 
@@ -64,16 +67,21 @@ def read_manifest(path: Path, *, root: Path | None = None, allow_outside_root: b
     if not records:
         raise ValueError(f"{path}: lists no clips")
     root = (root or path.parent).resolve()
-    file_column, prompt_column = _columns(path, records[0])
+    first_column, prompt_column = _columns(path, records[0])
+    used: dict[str, None] = {}
     rows = []
     for number, record in enumerate(records, 1):
         where = f"{path} row {number}"
+        # Lists of videos and images have a column for each, and leave one of them blank.
+        file_column = next(
+            (name for name in FILE_COLUMNS if record.get(name) not in (None, "")), first_column
+        )
+        used[file_column] = None
         file = _field(record, file_column, where)
         prompt = _field(record, prompt_column, where)
         rows.append(Row(resolve_inside(root, file, where, allow_outside_root), prompt, number))
-    return Manifest(
-        root, tuple(rows), f"{path.name}, columns {file_column} and {prompt_column}, {len(rows)} rows"
-    )
+    columns = f"{' or '.join(used)} and {prompt_column}"
+    return Manifest(root, tuple(rows), f"{path.name}, columns {columns}, {len(rows)} rows")
 
 
 def resolve_inside(root: Path, name: str, where: str, allow_outside_root: bool = False) -> Path:
@@ -87,7 +95,10 @@ def resolve_inside(root: Path, name: str, where: str, allow_outside_root: bool =
     scheme = name.split(":", 1)[0] if ":" in name else ""
     if scheme.isalpha() and len(scheme) > 1:
         raise ValueError(f"{where}: {name!r} is not a file path (URLs and protocols are not read)")
-    resolved = (root / name).resolve()
+    try:
+        resolved = (root / name).resolve()
+    except (OSError, RuntimeError):  # links that lead in a circle
+        raise ValueError(f"{where}: {name!r} cannot be followed to a file") from None
     if not allow_outside_root and not resolved.is_relative_to(root.resolve()):
         raise ValueError(f"{where}: {name!r} lies outside {root}; allow it with --allow_outside_root")
     return resolved
@@ -113,7 +124,7 @@ def _csv_rows(path: Path, text: str) -> list[dict[str, Any]]:
 def _json_rows(path: Path, text: str) -> list[dict[str, Any]]:
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and deep nesting
         raise ValueError(f"{path}: not JSON ({error})") from None
     if not isinstance(value, list) or not all(isinstance(record, dict) for record in value):
         raise ValueError(f"{path}: must be a list of objects")
@@ -127,7 +138,7 @@ def _jsonl_rows(path: Path, text: str) -> list[dict[str, Any]]:
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} line {number}: not JSON ({error})") from None
         if not isinstance(record, dict):
             raise ValueError(f"{path} line {number}: must be an object")
@@ -184,4 +195,12 @@ def _text(value: Any, name: str, where: str) -> str:
         raise ValueError(f"{where}: {name} is {value!r}, not text")
     if not value.strip():
         raise ValueError(f"{where}: {name} is blank")
+    if len(value) > LONGEST_FIELD:
+        raise ValueError(
+            f"{where}: {name} has {len(value):,} characters; at most {LONGEST_FIELD:,} are legal"
+        )
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{where}: {name} holds half a character (a lone surrogate)") from None
     return value

@@ -1,11 +1,13 @@
 """Manifests in every known form, and every mistake with its row number."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from megawan.data.manifest import read_manifest
+from megawan.data.video import check_file
 
 
 def table(tmp_path: Path, name: str, content: str | bytes) -> Path:
@@ -77,6 +79,14 @@ def test_quoted_fields_keep_commas_quotes_and_lines(tmp_path: Path) -> None:
         ("m.csv", "video,prompt\nhttps://x/y.mp4,one\n", "not a file path"),
         ("m.csv", "video,prompt\nconcat:a.mp4|b.mp4,one\n", "not a file path"),
         ("m.json", json.dumps([{"video": "a\0.mp4", "prompt": "x"}]), "NUL"),
+        ("m.json", json.dumps([{"video": "a.mp4", "prompt": "half \ud800"}]), "row 1: prompt holds half"),
+        ("m.json", json.dumps([{"video": "a.mp4", "prompt": None}]), "row 1: prompt is None, not text"),
+        ("m.json", "[" * 100_000, "not JSON"),
+        ("m.json", '[{"video": "a.mp4", "prompt": ' + "1" * 5000 + "}]", "not JSON"),
+        ("m.jsonl", '{"a": ' * 100_000, "line 1: not JSON"),
+        ("m.jsonl", json.dumps({"video": "a.mp4", "prompt": "x" * (1 << 21)}), "2,097,152 characters"),
+        ("m.csv", 'video,prompt\na.mp4,"' + "x" * (1 << 21) + '"\n', "field larger than field limit"),
+        ("m.csv", "video,image,prompt\n,,one\n", "row 1: video is blank"),
     ],
 )
 def test_mistakes_name_file_and_row(tmp_path: Path, name: str, content: str | bytes, words: str) -> None:
@@ -102,3 +112,30 @@ def test_links_may_not_lead_out_unless_allowed(tmp_path: Path) -> None:
 def test_a_missing_manifest(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nope\.csv: no such file"):
         read_manifest(tmp_path / "nope.csv")
+
+
+def test_a_list_of_videos_and_images_has_a_column_for_each(tmp_path: Path) -> None:
+    manifest = read_manifest(table(tmp_path, "m.csv", "image,video,prompt\n,a.mp4,one\nb.png,,two\n"))
+    assert [row.path.name for row in manifest.rows] == ["a.mp4", "b.png"]
+    assert "columns video or image and prompt" in manifest.found
+
+
+def test_captions_are_kept_as_they_are(tmp_path: Path) -> None:
+    captions = ["a 🦊 " + "x" * 40_000, "עברית \u200b\u202e", "-leading &amp; <b>"]
+    content = "".join(json.dumps({"video": "a.mp4", "prompt": text}) + "\n" for text in captions)
+    assert [row.prompt for row in read_manifest(table(tmp_path, "m.jsonl", content)).rows] == captions
+
+
+def test_names_with_every_kind_of_character(tmp_path: Path) -> None:
+    names = [b"-v.mp4", b"a b.mp4", b"$(x).mp4", "日本.mp4".encode(), b"\xff\xfe.mp4"]
+    for name in names:
+        Path(os.fsdecode(bytes(tmp_path) + b"/" + name)).write_bytes(b"x")
+        Path(os.fsdecode(bytes(tmp_path) + b"/" + name[:-4] + b".txt")).write_text("caption")
+    assert sorted(os.fsencode(row.path.name) for row in read_manifest(tmp_path).rows) == sorted(names)
+
+
+def test_links_in_a_circle_are_refused(tmp_path: Path) -> None:
+    file = table(tmp_path, "m.csv", "video,prompt\nloop.mp4,one\n")
+    (tmp_path / "loop.mp4").symlink_to(tmp_path / "loop.mp4")
+    with pytest.raises(ValueError, match=r"loop\.mp4"):  # by the list or, with a newer Python, by the file
+        check_file(read_manifest(file).rows[0].path)

@@ -1,8 +1,11 @@
 """Reading and writing clips: exact shapes from real files, and one line for every file that gives none."""
 
 import io
+import multiprocessing
 import struct
+import time
 import zlib
+from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,7 +15,17 @@ import pytest
 from PIL import Image
 
 from megawan.data import video
-from megawan.data.video import BadClip, Frames, crop_and_resize, read_all, read_clip, write_mp4
+from megawan.data.video import (
+    MAX_FRAMES,
+    BadClip,
+    Frames,
+    TooShort,
+    crop_and_resize,
+    read_all,
+    read_clip,
+    read_windows,
+    write_mp4,
+)
 
 
 def ramp(frames: int, height: int = 48, width: int = 64) -> Frames:
@@ -422,3 +435,166 @@ def test_a_thin_picture_is_not_blown_up(tmp_path: Path) -> None:
     Image.new("RGB", (8000, 1)).save(path)
     with pytest.raises(BadClip, match="too thin"):
         read_clip(path, 1, 512, 512, None)
+
+
+# More of what people have, and what breaks.
+
+
+def test_a_cut_tail_and_odd_sizes_are_no_reason(tmp_path: Path, mp4: Path) -> None:
+    (tmp_path / "tail.mp4").write_bytes(mp4.read_bytes()[:-10])
+    try:
+        assert numbers(read_clip(tmp_path / "tail.mp4", 17, 48, 64, 16)) == list(range(17))
+    except BadClip as error:  # an index at the end is what is cut
+        assert "\n" not in str(error)
+    write(tmp_path / "odd.mkv", "ffv1", ramp(9, 47, 63), "yuv444p")
+    assert read_clip(tmp_path / "odd.mkv", 9, 32, 48, None).shape == (9, 32, 48, 3)
+    assert read_all(tmp_path / "odd.mkv")[0].shape == (9, 47, 63, 3)
+
+
+@pytest.mark.parametrize("frames", [1, 4, 5, 6, 9])
+def test_clips_of_few_frames_give_what_they_have(tmp_path: Path, frames: int) -> None:
+    path = tmp_path / "few.mp4"
+    write_mp4(path, ramp(frames), 16)
+    for wanted in (1, 5, 9):
+        if wanted <= frames:
+            assert numbers(read_clip(path, wanted, 48, 64, None)) == list(range(wanted))
+        else:
+            with pytest.raises(TooShort, match=f"has {frames} frames; {wanted} are needed") as caught:
+                read_clip(path, wanted, 48, 64, None)
+            assert (caught.value.frames, caught.value.still) == (frames, False)
+
+
+@pytest.mark.parametrize("declared", [3, 2_000_000])
+def test_a_declared_number_of_frames_is_not_believed(tmp_path: Path, declared: int) -> None:
+    path = tmp_path / "lies.avi"
+    write(path, "mpeg4", ramp(20), "yuv420p")
+    data = bytearray(path.read_bytes())
+    for place in (data.index(b"avih") + 24, data.index(b"strh") + 40):  # dwTotalFrames, dwLength
+        assert struct.unpack_from("<I", data, place) == (20,)
+        struct.pack_into("<I", data, place, declared)
+    path.write_bytes(data)
+    if declared < MAX_FRAMES:
+        assert numbers(read_all(path)[0])[::19] == [0, 19]
+    else:
+        with pytest.raises(BadClip, match="declares 2,000,000 frames"):
+            read_clip(path, 5, 16, 16, None)
+
+
+def test_a_container_that_is_not_on_the_list_is_refused_under_any_name(tmp_path: Path) -> None:
+    write(tmp_path / "a.ts", "mpeg2video", ramp(9), "yuv420p", rate=25)
+    for name in ("a.ts", "b.mp4", "c.mkv"):
+        (tmp_path / name).write_bytes((tmp_path / "a.ts").read_bytes())
+        with pytest.raises(BadClip, match="no video that can be opened"):
+            read_all(tmp_path / name)
+
+
+def test_a_decoder_that_stalls_is_given_up(
+    mp4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moving = tmp_path / "moving.webp"
+    pictures = [Image.fromarray(frame) for frame in ramp(5)]
+    pictures[0].save(moving, save_all=True, append_images=pictures[1:], lossless=True)
+    monkeypatch.setattr(video, "MAX_SECONDS", -1.0)
+    for path in (mp4, moving):
+        with pytest.raises(BadClip, match="takes more than -1 s to decode"):
+            read_all(path)
+
+
+def test_a_picture_that_lasts_for_years_does_not_fill_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "slow.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=1)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1)
+        for pixels, pts in zip(ramp(2), (0, 40_000_000), strict=True):
+            picture = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            picture.pts, picture.time_base = pts, Fraction(1, 1)
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode(None))
+    assert numbers(read_clip(path, 5, 48, 64, 16)) == [0] * 5
+    monkeypatch.setattr(video, "MAX_FRAMES", 500)
+    every = video.read_windows(path, 5, lambda _h, _w: (16, 16), 16, stride=100, limit=None)
+    with pytest.raises(BadClip, match="has more than 500 frames at 16 fps"):
+        list(every)
+
+
+# Anything at all: damaged copies of good files, in a process of their own.
+
+FUZZED = 60
+
+
+def good_files(folder: Path) -> dict[str, bytes]:
+    noise = np.random.default_rng(5).integers(0, 256, (9, 32, 48, 3), dtype=np.uint8)
+    codecs = (
+        *(("a.mp4", "libx264", "yuv420p"), ("a.webm", "libvpx-vp9", "yuv420p"), ("a.gif", "gif", "rgb8")),
+        *(("a.mkv", "ffv1", "yuv420p"), ("a.avi", "mpeg4", "yuv420p"), ("a.mov", "png", "rgba")),
+        *(("a.flv", "flv", "yuv420p"), ("a.wmv", "wmv2", "yuv420p")),
+    )
+    for name, codec, pix_fmt in codecs:
+        write(folder / name, codec, noise, pix_fmt)
+    first, *others = [Image.fromarray(frame) for frame in noise]
+    for name in ("moving.webp", "moving.png"):
+        first.save(folder / name, save_all=True, append_images=others, duration=60)
+    for name in ("still.webp", "still.png", "still.jpg", "still.bmp"):
+        first.save(folder / name)
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def damaged(data: bytes, generator: np.random.Generator) -> bytes:
+    """Return a copy that is cut, has other bytes or bits (most in its head), or a stretch of noise."""
+    out = bytearray(data)
+    kind = generator.integers(0, 4)
+    if kind == 0:
+        return bytes(out[: generator.integers(0, len(out))])
+    if kind == 1:
+        for place in generator.integers(0, len(out), generator.integers(1, 12)):
+            out[place] = generator.integers(0, 256)
+    elif kind == 2:
+        for place in generator.integers(0, min(len(out), 400), generator.integers(1, 8)):
+            out[place] ^= 1 << int(generator.integers(0, 8))
+    else:
+        start, length = generator.integers(0, len(out)), generator.integers(1, 60)
+        out[start : start + length] = generator.integers(0, 256, length, dtype=np.uint8).tobytes()
+    return bytes(out)
+
+
+def read_damaged(folder: str, seed: int) -> None:
+    """Read damaged files in every way: a clip of the asked shape or BadClip, and each in a few seconds."""
+    generator = np.random.default_rng(seed)
+    good = Path(folder, "good")
+    good.mkdir()
+    whole = good_files(good)
+    for name in whole:
+        assert read_clip(good / name, 1, 16, 16, None).shape == (1, 16, 16, 3), name
+    outcomes: Counter[bool] = Counter()
+    for number in range(FUZZED):
+        for name, data in whole.items():
+            path = Path(folder, f"damaged{Path(name).suffix}")
+            path.write_bytes(damaged(data, generator))
+            begun = time.monotonic()
+            try:
+                windows = read_windows(path, 5, lambda _h, _w: (16, 32), 16, stride=2, limit=None)
+                assert all(frames.shape == (5, 16, 32, 3) for _, frames in windows)
+                frames, fps = read_all(path)
+                assert frames.ndim == 4 and frames.dtype == np.uint8 and fps > 0
+                outcomes[True] += 1
+            except BadClip as error:
+                assert "\n" not in str(error) and str(error).startswith(str(path))
+                outcomes[False] += 1
+            assert time.monotonic() - begun < 20, (name, number)
+    assert min(outcomes[True], outcomes[False]) > FUZZED, outcomes
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("seed", [1, 2])
+def test_damaged_files_never_crash_or_hang(tmp_path: Path, seed: int) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    child = context.Process(target=read_damaged, args=(str(tmp_path), seed))
+    child.start()
+    child.join(120)
+    child.kill()
+    child.join(30)
+    assert child.exitcode == 0
