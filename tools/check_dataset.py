@@ -2,11 +2,11 @@
 
     python tools/check_dataset.py --input my_videos --variant t2v-14B --bucket auto --tokenizer umt5-xxl
 
-Give it the flags of size, length and windows that tools/encode_dataset.py will get: it decodes every file and
-decides as the encoder will. It prints a table of the clips, the buckets, and what a training step costs. It
-exits with 1 when encoding would drop a clip or cut a caption, 0 when it would not, 2 when it cannot tell.
-Notes about black, static, repeated, enlarged or heavily cropped clips and about cuts are for you to judge;
---strict lets them fail too.
+Give it the size, length and window flags of tools/encode_dataset.py: it decides as the encoder will.
+
+Exit code: 0 all would be encoded, 1 a clip would be dropped or a caption cut, 2 it cannot tell.
+
+Notes (black, static, repeated, enlarged, cropped, cuts) are yours to judge; --strict makes them 1 too.
 """
 
 import json

@@ -59,6 +59,8 @@ class Options(CutOptions):
     """Folder of its tokenizer; default: with the encoder."""
     text_len: int | None = None
     """Longest caption in tokens; default 512, and 32 for the debug encoder."""
+    shard_mib: int = 1024
+    """Size of the store's files in MiB; a kill loses at most the one that was being filled."""
     shard: str = "0/1"
     """I/N: encode only share I (from 0) of N, in a job array; a last call without it finishes the store."""
 
@@ -68,6 +70,8 @@ def main(argv: Sequence[str]) -> None:
     options = parse(Options, argv, prog=PROG, description=(__doc__ or "").split("\n\n")[0], aliases=ALIASES)
     try:
         size = clip_size(options, CODEC_STRIDES[options.codec])
+        if options.shard_mib < 1:
+            raise ValueError(f"--shard_mib {options.shard_mib} must be 1 or more")
         share = parse_share(options.shard)
         manifest = read_manifest(
             options.input, root=options.root, allow_outside_root=options.allow_outside_root
@@ -94,6 +98,7 @@ def main(argv: Sequence[str]) -> None:
                 text_len,
                 device=device,
                 share=share,
+                shard_bytes=options.shard_mib << 20,
                 tick=tick,
             )
     except (ValueError, OSError) as error:
