@@ -34,7 +34,7 @@ SEED = 11
 # would otherwise turn the rounding of a gradient near zero into a whole step of either sign.
 OPTIM = OptimOptions(learning_rate=1e-2, weight_decay=0.1, eps=1e-4, grad_clip=0.05, schedule="constant")
 HEAD_WIDTH = 6
-POLICIES = ("none", "full", "full:1")
+POLICIES = ("none", "full", "full:1", "attention", "selective", "attention:1,selective")
 """The recompute policies that every comparison goes through."""
 # Large enough that attention tells its keys apart: gradients that almost cancel are mostly rounding.
 NOISE = 0.2

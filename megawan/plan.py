@@ -130,6 +130,26 @@ def model_shape(wan: WanConfig) -> cost.ModelShape:
     )
 
 
+def require_inputs(plan: Plan) -> None:
+    """Raise cli.UserError when the samples lack what the variant's forward pass takes."""
+    variant, sample = plan.variant, plan.data[0]
+    if variant.config.vace_layers:
+        raise UserError(
+            f"--model.variant {variant.name}: VACE is read and written, but its context is not in the training"
+            " step yet; legal: every variant without vace in its name"
+        )
+    needed = {
+        "CLIP features": (variant.config.has_clip, sample.clip),
+        "condition": (variant.condition_channels > 0, sample.condition),
+    }
+    lacking = [name for name, (wanted, held) in needed.items() if wanted and held is None]
+    if lacking:
+        raise UserError(
+            f"--data.path {plan.config.data.path}: its samples have no {' and no '.join(lacking)}, which"
+            f" {variant.name} takes; encode for this variant"
+        )
+
+
 def make_plan(config: TrainConfig, place: Environment) -> Plan:
     """Return the plan of `config` on this world. Raises cli.UserError for whatever does not fit."""
     try:
@@ -337,7 +357,14 @@ def open_data(config: TrainConfig, variant: Variant) -> LatentStore | SyntheticL
             stride,
             wan.patch_size,
         )
-        return SyntheticLatents(shape=shape, text_dim=wan.text_dim, text_len=wan.text_len, seed=config.seed)
+        return SyntheticLatents(
+            shape=shape,
+            text_dim=wan.text_dim,
+            text_len=wan.text_len,
+            seed=config.seed,
+            clip=(wan.clip_tokens, wan.image_dim) if wan.clip_tokens and wan.image_dim else None,
+            condition_channels=variant.condition_channels,
+        )
     store = LatentStore(asked.path)
     if store.latent_channels != channels or store.text_dim != wan.text_dim:
         raise ValueError(

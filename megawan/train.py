@@ -33,7 +33,7 @@ from megawan.models.initial import InitialWeights
 from megawan.models.layouts import TensorSource, open_weights
 from megawan.models.wan import LEAF_MODULES, WanModel, patchify, token_grid
 from megawan.parallel.context import ContextParallel
-from megawan.plan import Plan, make_plan, run_folder
+from megawan.plan import Plan, make_plan, require_inputs, run_folder
 
 PROG = "megawan/train.py"
 
@@ -52,7 +52,11 @@ def main(argv: Sequence[str]) -> None:
         if place.rank == 0:
             print("\n".join(plan.describe()))
         return
-    dist.initialize(place, device, options.dist_timeout)
+    require_inputs(plan)
+    try:
+        dist.initialize(place, device, options.dist_timeout)
+    except ValueError as error:
+        raise cli.UserError(str(error)) from None
     run(plan, device)
     dist.shutdown()
 

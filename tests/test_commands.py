@@ -211,6 +211,23 @@ def test_bare_start_needs_nothing(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("runs/debug-*/checkpoints/step_0000002"))) == 1
 
 
+def test_a_world_without_a_launcher_is_one_line(tmp_path: Path) -> None:
+    alone = command(TRAIN, cwd=tmp_path, env={"WORLD_SIZE": "2", "RANK": "0"})
+    is_one_line(alone, "WORLD_SIZE=2", "MASTER_ADDR", "launcher")
+
+
+@pytest.mark.parametrize("variant", ["debug-i2v", "debug-flf2v", "debug-control"])
+def test_a_variant_with_image_conditions_trains(variant: str, tmp_path: Path) -> None:
+    done = command(TRAIN, "--variant", variant, "--steps", "1", cwd=tmp_path)
+    assert done.code == 0 and "step 1/1 | loss" in done.out, done.err[-3000:]
+
+
+def test_samples_without_what_the_variant_takes_are_refused(job: Path) -> None:
+    said = ("no CLIP features and no condition", "debug-i2v")
+    is_one_line(command(TRAIN, "--variant", "debug-i2v", "--data.path", "store", cwd=job), *said)
+    is_one_line(command(TRAIN, "--variant", "debug-vace", cwd=job), "debug-vace", "VACE")
+
+
 def test_a_warning_that_reaches_one_rank_saves_on_all_and_the_same_command_goes_on(tmp_path: Path) -> None:
     words = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port() + 2, TRAIN)
     flags = ("--output", "run", "--parallel.ulysses_degree", "2", "--metrics.log_every", "1")

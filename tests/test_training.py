@@ -29,9 +29,17 @@ TI2V = ("--model.variant=debug-ti2v", "--data.height=64", "--data.width=96")
 CASES: dict[str, tuple[str, ...]] = {
     "zero3 ulysses recompute": ("--micro_batch=4", "--parallel.ulysses_degree=2", "--model.recompute=full"),
     "zero3 ulysses accumulation": ("--micro_batch=2", "--accumulation=2", "--parallel.ulysses_degree=2"),
+    "zero3 ulysses attention": (
+        *("--micro_batch=4", "--parallel.ulysses_degree=2", "--model.recompute=attention:4,selective"),
+        "--model.offload_activations",
+    ),
     "zero3 ring": ("--micro_batch=4", "--parallel.ring_degree=2", "--model.recompute=full:2"),
     "zero3 dp": ("--micro_batch=2",),
     "zero2 ulysses": ("--deepspeed=ds_configs/zero2.json", "--micro_batch=4", "--parallel.ulysses_degree=2"),
+    "zero2 ring selective": (
+        *("--deepspeed=ds_configs/zero2.json", "--micro_batch=4", "--parallel.ring_degree=2"),
+        "--model.recompute=selective",
+    ),
     "zero2 dp accumulation": ("--deepspeed=ds_configs/zero2.json", "--micro_batch=1", "--accumulation=2"),
     "zero1 ring": ("--deepspeed=ds_configs/zero1.json", "--micro_batch=4", "--parallel.ring_degree=2"),
     "zero0 ulysses": ("--deepspeed=ds_configs/zero0.json", "--micro_batch=4", "--parallel.ulysses_degree=2"),

@@ -29,13 +29,10 @@ def train_cases(cases: dict[str, dict[str, Any]], output: str) -> dict[str, Any]
         if plan.topology not in contexts:
             contexts[plan.topology] = ContextParallel.create(plan.topology, place.rank, 120)
         context = contexts[plan.topology]
-        kernel = select_attention(
-            "auto", "cpu", torch.float32, head_dim=24, need_lse=plan.topology.ring_degree > 1
-        )
-        recompute = plan.config.model.recompute
+        kernel = select_attention("auto", "cpu", torch.float32, head_dim=24, need_lse=plan.need_lse)
         model = engines.build_model(
-            lambda plan=plan, kernel=kernel, recompute=recompute: WanModel(
-                plan.variant.config, attention=kernel, recompute=recompute
+            lambda plan=plan, kernel=kernel: WanModel(
+                plan.variant.config, attention=kernel, recompute=plan.recompute, offload=plan.offload
             ),
             plan.deepspeed,
             device,

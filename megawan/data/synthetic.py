@@ -8,27 +8,48 @@ from megawan.rng import generator_at
 
 
 class SyntheticLatents:
-    """`count` samples of one latent shape: normal latents and text features of varying true length."""
+    """`count` samples of one latent shape: normal latents and text features of varying true length.
+
+    clip: the shape [rows, dim] of CLIP features, for models that take them; condition_channels: how many
+    channels of condition each sample has.
+    """
 
     def __init__(
-        self, *, shape: tuple[int, int, int, int], text_dim: int, text_len: int, seed: int, count: int = 32
+        self,
+        *,
+        shape: tuple[int, int, int, int],
+        text_dim: int,
+        text_len: int,
+        seed: int,
+        count: int = 32,
+        clip: tuple[int, int] | None = None,
+        condition_channels: int = 0,
     ) -> None:
         self.shapes = [shape] * count
         self.latent_channels = shape[0]
         self.text_dim = text_dim
         self.fingerprint = f"synthetic-{shape}-{text_dim}-{text_len}-{seed}-{count}"
         self._text_len = text_len
+        self._clip = clip
+        self._condition_channels = condition_channels
         self._seed = seed
 
     def __len__(self) -> int:
         return len(self.shapes)
 
     def __getitem__(self, index: int) -> Sample:
-        """Return sample `index`: float32 latents [C, T, H, W] and text [1 .. text_len, text_dim]."""
+        """Return sample `index`: float32 latents [C, T, H, W], text [1 .. text_len, text_dim], and
+        what the model takes beside them."""
         generator = generator_at(self._seed, "synthetic", index)
         rows = int(torch.randint(1, self._text_len + 1, (1,), generator=generator))
         text = torch.randn(rows, self.text_dim, generator=generator)
-        return Sample(torch.randn(self.shapes[index], generator=generator), text, f"synthetic sample {index}")
+        latents = torch.randn(self.shapes[index], generator=generator)
+        clip, condition = None, None
+        if self._clip is not None:
+            clip = torch.randn(self._clip, generator=generator)
+        if self._condition_channels:
+            condition = torch.randn(self._condition_channels, *latents.shape[1:], generator=generator)
+        return Sample(latents, text, f"synthetic sample {index}", clip, condition)
 
     @property
     def empty_text(self) -> torch.Tensor:
