@@ -135,8 +135,8 @@ def require_inputs(plan: Plan) -> None:
     variant, sample = plan.variant, plan.data[0]
     if variant.config.vace_layers:
         raise UserError(
-            f"--model.variant {variant.name}: VACE is read and written, but its context is not in the training"
-            " step yet; legal: every variant without vace in its name"
+            f"--model.variant {variant.name}: VACE is read and written, but its context is not in the"
+            " training step yet; legal: every variant without vace in its name"
         )
     needed = {
         "CLIP features": (variant.config.has_clip, sample.clip),
