@@ -1,8 +1,9 @@
 """Lists of clips and captions in the forms that people have them: found out, checked row by row, said.
 
 Read are .csv, .json (a list of objects) and .jsonl with the column names of DiffSynth-Studio (`video`,
-`prompt`), VideoX-Fun (`file_path`, `text`) and the HF video folders (`file_name`, `caption`), a folder that
-holds a metadata.csv/.json/.jsonl, and a folder of clips with a .txt caption beside each.
+`prompt`), VideoX-Fun (`file_path`, `text`), musubi-tuner (`video_path` or `image_path`, `caption`) and the HF
+video folders (`file_name`, `caption`), a folder that holds a metadata.csv/.json/.jsonl, and a folder of clips
+with a .txt caption beside each.
 """
 
 import csv
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-FILE_COLUMNS = ("video", "file_path", "file_name", "path", "image")
+FILE_COLUMNS = ("video", "file_path", "file_name", "video_path", "path", "image", "image_path")
 PROMPT_COLUMNS = ("prompt", "text", "caption")
 METADATA_NAMES = ("metadata.csv", "metadata.json", "metadata.jsonl")
 CLIP_SUFFIXES = (

@@ -39,7 +39,7 @@ def test_training_reads_every_bucket(store: Path, tmp_path: Path) -> None:
         "--metrics.log_every",
         "1",
         cwd=tmp_path,
-        timeout=200,
+        timeout=280,
     )
     assert done.code == 0, done.err[-3000:]
     assert "of 3 shapes from [16, 1, 6, 6] to [16, 3, 8, 6]" in done.out

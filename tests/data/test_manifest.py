@@ -25,6 +25,12 @@ def table(tmp_path: Path, name: str, content: str | bytes) -> Path:
         ("metadata.csv", "\ufeffvideo,prompt\r\na.mp4,one\r\nb.mp4,two\r\n"),
         ("list.csv", "file_path,text,type\na.mp4,one,video\nb.mp4,two,video\n"),
         ("list.csv", "file_name,caption\na.mp4,one\nb.mp4,two\n"),
+        (
+            "list.jsonl",
+            "".join(
+                f'{{"video_path": "{n}.mp4", "caption": "{c}"}}\n' for n, c in (("a", "one"), ("b", "two"))
+            ),
+        ),
         ("list.json", json.dumps([{"video": "a.mp4", "prompt": "one"}, {"video": "b.mp4", "prompt": "two"}])),
         ("list.jsonl", '{"video": "a.mp4", "prompt": "one"}\n\n{"video": "b.mp4", "prompt": "two"}\n'),
     ],
