@@ -13,8 +13,8 @@ from torch import Tensor
 from megawan.data.cutting import ClipSize, Window, cut
 from megawan.data.latents import SHARD_BYTES, LatentStore, StoreWriter
 from megawan.data.manifest import Manifest, Row
-from megawan.data.video import BadClip, Frames, check_file
-from megawan.files import sha256, write_text
+from megawan.data.video import BadClip, Frames, source_digest
+from megawan.files import write_text
 
 REJECTED = "rejected.jsonl"
 CAPTIONS_KEPT = 32  # features of a long caption are 8 MiB
@@ -104,8 +104,7 @@ def encode(
         stored = writer.rows
         for row in rows:
             try:
-                check_file(row.path)
-                digest = sha256(row.path)
+                digest = source_digest(row.path)
                 if sample_key(digest, row.prompt) in order:
                     raise BadClip(row.path, "the same file with the same caption is listed before")
                 done = finished_windows(stored, digest, row.prompt, size)
@@ -129,7 +128,7 @@ def encode(
                         report.encoded += 1
                 if cut_short:
                     report.cut_short.append((row, cut_short, number))
-            except (BadClip, OSError) as error:
+            except BadClip as error:  # and no OSError: a full disk is not the clip's fault
                 report.rejected.append((row, str(error)))
             tick(report)
         if not order:

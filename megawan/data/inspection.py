@@ -19,8 +19,7 @@ from PIL import Image
 from megawan.data.buckets import Bucket, Stride, kept_share, tokens_of, upscale
 from megawan.data.cutting import ClipSize, plan_windows
 from megawan.data.manifest import Manifest, Row
-from megawan.data.video import BadClip, Frames, Picture, check_file, pictures
-from megawan.files import sha256
+from megawan.data.video import BadClip, Frames, Picture, pictures, source_digest
 
 THUMB = 32
 BLACK = 24  # a picture is black when nearly all of it is darker
@@ -127,11 +126,7 @@ def check(
 
 def look(path: Path, fps: float | None) -> Look:
     """Return what a file shows at `fps`. Raises BadClip for a file without one that can be decoded."""
-    check_file(path)
-    try:
-        digest = sha256(path)
-    except OSError as error:
-        raise BadClip(path, f"cannot be read ({error.strerror or error})") from None
+    digest = source_digest(path)
     thumbs: list[NDArray[np.uint8]] = []
     height = width = 0
     decoded, lasts, still = 0, 0.0, False

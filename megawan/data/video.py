@@ -23,6 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from megawan.files import sha256
+
 Frames = NDArray[np.uint8]  # [T, H, W, 3], or one frame [H, W, 3]
 
 # FFmpeg's names of what mp4, mov, mkv, webm, avi, gif, flv and wmv files hold. Playlists (concat, hls, dash),
@@ -105,6 +107,15 @@ def check_file(path: Path) -> None:
             raise BadClip(path, "is empty")
     except OSError as error:
         raise BadClip(path, f"cannot be opened ({error.strerror or error})") from None
+
+
+def source_digest(path: Path) -> str:
+    """Return the SHA-256 of a media file. Raises BadClip unless it is one that can be read."""
+    check_file(path)
+    try:
+        return sha256(path)
+    except OSError as error:
+        raise BadClip(path, f"cannot be read ({error.strerror or error})") from None
 
 
 def read_windows(

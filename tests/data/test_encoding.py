@@ -18,6 +18,7 @@ from megawan.data.encoding import REJECTED, to_pixels
 from megawan.data.latents import LatentStore
 from megawan.data.video import BadClip, pictures
 from megawan.encoders.dct import DctCodec
+from megawan.files import write_tensors
 from megawan.rng import generator_at
 from tests.data.encoding import contents, listed, make_media, numbers, run
 
@@ -285,6 +286,29 @@ def test_shares_give_the_samples_and_the_report_of_one_call(media: Path, tmp_pat
     assert parts.encoded == 0 and whole.store is not None and parts.store is not None
     assert parts.store.fingerprint == whole.store.fingerprint
     assert (tmp_path / "parts" / REJECTED).read_text() == (tmp_path / "whole" / REJECTED).read_text()
+
+
+def test_a_full_disk_is_not_blamed_on_a_clip(
+    media: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = listed(media, *names(media))
+    expected = run(manifest, tmp_path / "whole", AUTO).rejected
+    written = 0
+
+    def full(path: Path, *_: object) -> None:
+        nonlocal written
+        written += 1
+        if written == 3:
+            path.with_name(path.name + ".tmp").write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        write_tensors(path, *_)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("megawan.data.latents.write_tensors", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(manifest, tmp_path / "s", AUTO)
+    monkeypatch.undo()
+    assert run(manifest, tmp_path / "s", AUTO).rejected == expected
+    assert contents(tmp_path / "s") == contents(tmp_path / "whole")
 
 
 # Killed at any moment.
