@@ -127,8 +127,9 @@ def make_media(folder: Path) -> Path:
     whole = write(folder / "whole.mkv", np.repeat(ramp(23), 2, axis=2)).read_bytes()
     (folder / "cut.mkv").write_bytes(whole[: int(len(whole) * 0.75)])
     avi = write(folder / "whole.avi", noise(24), codec="mpeg4", pix_fmt="yuv420p").read_bytes()
-    middle = int(len(avi) * 0.8)
-    (folder / "zeroed.avi").write_bytes(avi[:middle] + bytes(400) + avi[middle + 400 :])
+    for name, share in (("zeroed.avi", 0.8), ("early.avi", 0.65)):  # damaged at frame 15 and 8
+        middle = int(len(avi) * share)
+        (folder / name).write_bytes(avi[:middle] + bytes(400) + avi[middle + 400 :])
     (folder / "empty.mkv").write_bytes(b"")
     (folder / "text.mp4").write_text("no video")
     return folder

@@ -232,7 +232,7 @@ def test_every_clip_gets_its_bucket(media: Path, tmp_path: Path) -> None:
     assert shapes["small.mkv"] == (16, 4, 4, 4)
     assert shapes["still.jpg"] == (16, 1, 8, 6)
     rejected = {row.path.name: why for row, why in report.rejected}
-    assert sorted(rejected) == ["empty.mkv", "shorter.mkv", "text.mp4", "tiny.mkv"]
+    assert sorted(rejected) == ["early.avi", "empty.mkv", "shorter.mkv", "text.mp4", "tiny.mkv"]
     settings = json.loads((tmp_path / "s" / "index.json").read_text())["settings"]
     assert settings["bucket"] == {
         "lengths": [5, 9, 13], "max_area": 3072, "max_tokens": None, "step": 16, "max_upscale": 1.0
@@ -292,7 +292,7 @@ def test_a_full_disk_is_not_blamed_on_a_clip(
     media: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manifest = listed(media, *names(media))
-    expected = run(manifest, tmp_path / "whole", AUTO).rejected
+    expected = run(manifest, tmp_path / "whole", AUTO, shard_bytes=1).rejected
     written = 0
 
     def full(path: Path, *_: object) -> None:
@@ -305,9 +305,9 @@ def test_a_full_disk_is_not_blamed_on_a_clip(
 
     monkeypatch.setattr("megawan.data.latents.write_tensors", full)
     with pytest.raises(OSError, match="No space left"):
-        run(manifest, tmp_path / "s", AUTO)
+        run(manifest, tmp_path / "s", AUTO, shard_bytes=1)
     monkeypatch.undo()
-    assert run(manifest, tmp_path / "s", AUTO).rejected == expected
+    assert run(manifest, tmp_path / "s", AUTO, shard_bytes=1).rejected == expected
     assert contents(tmp_path / "s") == contents(tmp_path / "whole")
 
 

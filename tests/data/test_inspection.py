@@ -48,7 +48,7 @@ def test_what_is_promised_is_what_is_encoded(
 ) -> None:
     size = ClipSize(13, 32, 32, 16, budget, windows)
     files = sorted(path.name for path in media.iterdir())
-    manifest = listed(media, *files, "long.mkv", "text.mp4")
+    manifest = listed(media, *files, "long.mkv", "text.mp4", "shorter.mkv")
     manifest = replace(manifest, rows=(*manifest.rows, Row(media / "long.mkv", "another caption", 99)))
     found = check(manifest, size, STRIDE)
     report = run(manifest, tmp_path / "s", size)
@@ -217,9 +217,9 @@ def test_the_command_says_what_would_be_dropped_and_exits_with_1(media: Path, tm
     done = command(*words, "--json", "--tokenizer", "debug", "--histogram", "h.png", cwd=tmp_path)
     assert done.code == 1, done.err[-2000:]
     said = json.loads(done.out)
-    assert (said["rows"], said["dropped"], said["captions_cut"]) == (len(files), 4, len(files) - 4)
+    assert (said["rows"], said["dropped"], said["captions_cut"]) == (len(files), 5, len(files) - 5)
     assert {clip["file"].rpartition("/")[2] for clip in said["clips"] if clip["dropped"]} == {
-        *("empty.mkv", "shorter.mkv", "text.mp4", "tiny.mkv"),
+        *("early.avi", "empty.mkv", "shorter.mkv", "text.mp4", "tiny.mkv"),
     }
     assert said["layout"]["global_batch"] == 2 and said["samples"] == sum(
         len(clip["starts"]) for clip in said["clips"]
@@ -228,7 +228,7 @@ def test_the_command_says_what_would_be_dropped_and_exits_with_1(media: Path, tm
         assert picture.format == "PNG" and picture.height > 22 * len(said["buckets"])
     plain = command(*words, cwd=tmp_path)
     assert plain.code == 1 and "DROPPED: is empty" in plain.out and "exact.mkv" in plain.out
-    assert f"{len(files)} rows: 4 would be dropped" in plain.out and "captions not measured" in plain.out
+    assert f"{len(files)} rows: 5 would be dropped" in plain.out and "captions not measured" in plain.out
     (media / "metadata.csv").unlink()
 
 
