@@ -306,6 +306,10 @@ def against_deepspeed(contexts: Contexts, length: int, heads: int) -> float:
     from deepspeed import comm
     from deepspeed.sequence.layer import DistributedAttention
 
+    from megawan.engine import load_host_extension
+
+    load_host_extension()  # DeepSpeed's own way waits for ever for the lock of a build that was killed
+
     comm.init_distributed("gloo")
     size = dist.get_world_size()
     context = contexts.get(size, 1)

@@ -1,0 +1,82 @@
+"""What each rank does in the tests of ZeRO's bytes; started by tests/distributed.py."""
+
+from collections import Counter
+from typing import Any
+
+import torch
+
+from megawan import dist, ds_config, optim
+from megawan.models.initial import InitialWeights
+from megawan.models.variants import get_variant
+from megawan.models.wan import LEAF_MODULES, WanModel
+
+
+def counting(name: str, call: Any, sent: Counter[str]) -> Any:
+    """Return `call`, adding the bytes of its larger tensor that travel: all but this rank's own part."""
+
+    def counted(*given: Any, **named: Any) -> Any:
+        world = torch.distributed.get_world_size()
+        tensors = [value for value in (*given, *named.values()) if isinstance(value, torch.Tensor)]
+        larger = max(tensors, key=torch.Tensor.numel)
+        sent[name] += larger.numel() * larger.element_size() * (world - 1) // world
+        return call(*given, **named)
+
+    return counted
+
+
+def steps(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Take three steps in every case; return the bytes of the last, by collective, and the states held."""
+    sent: Counter[str] = Counter()
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):  # before DeepSpeed takes hold of them
+        setattr(torch.distributed, name, counting(name, getattr(torch.distributed, name), sent))
+    from megawan import engine as engines
+
+    place, device = dist.environment(), torch.device("cpu")
+    dist.initialize(place, device, 120)
+    wan = get_variant("debug").config
+    generator = torch.Generator().manual_seed(place.rank)
+    results = []
+    for case in cases:
+        resolved = ds_config.resolve(
+            {"zero_optimization": {"stage": 3, **case["zero"]}, **case.get("file", {})},
+            where="test",
+            micro_batch=1,
+            accumulation=1,
+            world_size=place.world_size,
+            grad_clip=1.0,
+            precision="bf16",
+            on_gpu=False,
+        )
+        model = engines.build_model(
+            lambda case=case: WanModel(wan, recompute=case["recompute"]), resolved, device
+        )
+        engine = engines.initialize(model, LEAF_MODULES, resolved, optim.OptimOptions(), 10)
+        engines.load_weights(engine, InitialWeights(wan, 0), lambda: None)
+        for _ in range(3):
+            sent.clear()
+            latents = torch.randn(1, 16, 2, 4, 6, generator=generator)
+            text = torch.randn(1, wan.text_len, wan.text_dim, generator=generator)
+            pred = engine(latents, torch.tensor([500.0]), text)
+            engine.backward(pred.float().square().mean())
+            engines.optimizer_step(engine, 1.0)
+        optimizer = engine.optimizer
+        gradients = optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition.values()
+        moments = [
+            value for state in optimizer.optimizer.state.values() for value in state.values() if value.ndim
+        ]
+        held = {
+            "weights": [parameter.ds_tensor for parameter in model.parameters()],
+            "gradients": list(gradients),
+            "optimizer": [*optimizer.fp32_partitioned_groups_flat, *moments],
+        }
+        results.append(
+            {
+                "sent": dict(sent),
+                "held": {
+                    name: sum(x.numel() * x.element_size() for x in tensors) for name, tensors in held.items()
+                },
+            }
+        )
+        engine.destroy()
+    dist.shutdown()
+    return results
