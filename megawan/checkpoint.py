@@ -290,6 +290,10 @@ class StepWeights:
         shape = self._shapes[key]
         return self.load_range("master", key, 0, torch.Size(shape).numel()).view(shape)
 
+    def load_part(self, key: str, start: int, length: int) -> Tensor:
+        """Return elements start .. start + length of one flattened master, float32 on the CPU."""
+        return self.load_range("master", key, start, length)
+
     def load_range(self, kind: str, name: str, start: int, length: int) -> Tensor:
         """Return elements start .. start + length of a flattened parameter's `kind`, float32 on the CPU.
 

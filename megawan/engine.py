@@ -169,20 +169,21 @@ def grad_norm(engine: deepspeed.DeepSpeedEngine) -> float:
 def load_weights(engine: deepspeed.DeepSpeedEngine, source: TensorSource, tick: Callable[[], None]) -> None:
     """Fill weights and fp32 masters from `source`, one tensor at a time; `tick` is called after each.
 
-    fp32 in the source reaches the masters unrounded; each rank keeps only its own part. The names and shapes
-    of `source` must have been checked against the model before.
+    fp32 in the source reaches the masters unrounded; at stage 3 each rank reads only its own part of a
+    tensor. The names and shapes of `source` must have been checked against the model before.
     """
     stage = engine.zero_optimization_stage()
     for name, parameter in engine.module.named_parameters():
-        full = source.load(name).flatten()
         if stage == 3:
             start, size = _local_range(parameter)
             part = torch.zeros(parameter.ds_tensor.numel())
-            part[:size].copy_(full[start : start + size])
+            if size:
+                part[:size] = source.load_part(name, start, size)
             part = part.to(parameter.ds_tensor.device)
             safe_set_local_fp32_param(parameter, part)
             parameter.ds_tensor.data.copy_(part)
         else:
+            full = source.load(name).flatten()
             parameter.data.copy_(full.view(parameter.shape))
             mapping = getattr(parameter, "_hp_mapping", None)
             if mapping is not None:

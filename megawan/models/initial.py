@@ -63,6 +63,10 @@ class InitialWeights:
         """Return the initial value, CPU float32."""
         return initial_tensor(key, self._shapes[key], self.config, self.seed)
 
+    def load_part(self, key: str, start: int, length: int) -> Tensor:
+        """Return elements start .. start + length of the flattened initial value."""
+        return self.load(key).flatten()[start : start + length]
+
     def describe(self) -> str:
         """Return what this is, for the start-up lines."""
         return f"initial values of seed {self.seed}"

@@ -95,6 +95,13 @@ class OpenedWeights:
             return whole
         return tensor
 
+    def load_part(self, key: str, start: int, length: int) -> Tensor:
+        """Return elements start .. start + length of the flattened tensor; of the file only what holds them
+        is read."""
+        if self.filled is not None and (key in self.filled.new or key in self.filled.widened):
+            return self.load(key).flatten()[start : start + length]
+        return self._tensors[key].load_part(start, length)
+
     def describe(self) -> str:
         """Return one line: where, which layout, which variant, how many numbers; and what is initialised
         newly."""

@@ -2,6 +2,7 @@
 executed."""
 
 import json
+import math
 import re
 import warnings
 import zipfile
@@ -37,6 +38,9 @@ class TensorSource(Protocol):
     def load(self, key: str) -> Tensor:
         """Return the tensor on the CPU, a copy that the caller owns."""
 
+    def load_part(self, key: str, start: int, length: int) -> Tensor:
+        """Return elements start .. start + length of the flattened tensor, as `load`."""
+
 
 @dataclass(frozen=True)
 class StoredTensor:
@@ -45,7 +49,20 @@ class StoredTensor:
     file: Path
     shape: tuple[int, ...]
     dtype: torch.dtype
-    load: Callable[[], Tensor]
+    read: Callable[[slice], Tensor]
+    """Gives rows of the first axis, a copy."""
+
+    def load(self) -> Tensor:
+        """Return the whole tensor."""
+        return self.read(slice(None))
+
+    def load_part(self, start: int, length: int) -> Tensor:
+        """Return elements start .. start + length of the flattened tensor; only the rows that hold them are
+        read."""
+        row = math.prod(self.shape[1:])
+        first = start // row
+        rows = self.read(slice(first, -(-(start + length) // row)))
+        return rows.flatten()[start - first * row :][:length]
 
 
 Stored = dict[str, StoredTensor]
@@ -153,7 +170,7 @@ def read_safetensors(file: Path) -> tuple[Stored, dict[str, str]]:
                         f"{file}: {key} is {view.get_dtype()}; expected one of {', '.join(DTYPES)}"
                     )
                 tensors[key] = StoredTensor(
-                    file, tuple(view.get_shape()), DTYPES[view.get_dtype()], _SafetensorsLoad(file, key)
+                    file, tuple(view.get_shape()), DTYPES[view.get_dtype()], _SafetensorsRead(file, key)
                 )
             return tensors, dict(opened.metadata() or {})
     except (SafetensorError, OSError) as error:
@@ -161,17 +178,17 @@ def read_safetensors(file: Path) -> tuple[Stored, dict[str, str]]:
 
 
 @dataclass(frozen=True)
-class _SafetensorsLoad:
-    """Reads one tensor; the file is mapped only meanwhile, so that pages already read do not count as
+class _SafetensorsRead:
+    """Reads rows of one tensor; the file is mapped only meanwhile, so that pages already read do not count as
     ours."""
 
     file: Path
     key: str
 
-    def __call__(self) -> Tensor:
+    def __call__(self, rows: slice) -> Tensor:
         try:
             with safe_open(self.file, framework="pt") as opened:
-                tensor: Tensor = opened.get_tensor(self.key).clone()
+                tensor: Tensor = opened.get_slice(self.key)[rows].clone()
                 return tensor
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{self.file}: {self.key} cannot be read ({error})") from None
@@ -199,8 +216,18 @@ def _read_pickle(file: Path) -> Stored:
             )
         if tensor.dtype not in DTYPE_NAMES:
             raise ValueError(f"{file}: {key} is {tensor.dtype}; expected one of {', '.join(DTYPES)}")
-        tensors[key] = StoredTensor(file, tuple(tensor.shape), tensor.dtype, tensor.detach().clone)
+        tensors[key] = StoredTensor(file, tuple(tensor.shape), tensor.dtype, _TensorRead(tensor.detach()))
     return tensors
+
+
+@dataclass(frozen=True)
+class _TensorRead:
+    """Copies rows of a tensor that is mapped from its file."""
+
+    tensor: Tensor
+
+    def __call__(self, rows: slice) -> Tensor:
+        return self.tensor[rows].clone()
 
 
 def _why_refused(error: Exception) -> str:

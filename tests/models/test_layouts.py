@@ -114,6 +114,9 @@ def test_every_layout_reads_the_same(name: str, tmp_path: Path) -> None:
             value = opened.load(key)
             assert torch.equal(value, WEIGHTS.load(key)), key
             assert opened.shape(key) == tuple(value.shape) and opened.dtype(key) == value.dtype
+            for start, length in ((0, value.numel()), (value.numel() // 3, value.numel() // 2), (1, 0)):
+                part = opened.load_part(key, start, length)
+                assert torch.equal(part, value.flatten()[start : start + length]), (key, start, length)
         assert f"{layout} layout" in opened.describe() and "parameters" in opened.describe()
     found = open_weights(path).config
     # A diffusers config.json has no text_len and no model_type: Wan's own values stand in.
@@ -135,9 +138,22 @@ def test_what_is_loaded_outlives_its_file(tmp_path: Path) -> None:
     assert torch.equal(held, WEIGHTS.load("head.head.weight"))
 
 
+def test_of_a_part_only_its_rows_are_read() -> None:
+    value, asked = torch.arange(60.0).view(10, 3, 2), []
+
+    def read(rows: slice) -> Tensor:
+        asked.append((rows.start, rows.stop))
+        return value[rows].clone()
+
+    stored = StoredTensor(Path("x.safetensors"), (10, 3, 2), torch.float32, read)
+    for start, length, rows in ((0, 6, (0, 1)), (7, 4, (1, 2)), (11, 2, (1, 3)), (30, 30, (5, 10))):
+        assert torch.equal(stored.load_part(start, length), value.flatten()[start : start + length])
+        assert asked.pop() == rows
+
+
 def stored_shapes(config: WanConfig, spell: Callable[[str], str] = str) -> dict[str, StoredTensor]:
     return {
-        spell(key): StoredTensor(Path("x.safetensors"), shape, torch.float32, lambda: torch.empty(0))
+        spell(key): StoredTensor(Path("x.safetensors"), shape, torch.float32, lambda rows: torch.empty(0))
         for key, shape in expected_shapes(config).items()
     }
 
@@ -505,6 +521,8 @@ def test_a_part_is_filled_only_when_asked(tmp_path: Path) -> None:
     key = "blocks.1.cross_attn.k_img.weight"
     assert torch.equal(opened.load(key), initial_tensor(key, (48, 48), wider, 5))
     assert torch.equal(opened.load("head.head.bias"), WEIGHTS.load("head.head.bias"))
+    for key in ("patch_embedding.weight", "blocks.1.cross_attn.k_img.weight", "head.head.weight"):
+        assert torch.equal(opened.load_part(key, 5, 300), opened.load(key).flatten()[5:305])
     assert {key: opened.shape(key) for key in opened.keys()} == expected_shapes(wider)
 
 
