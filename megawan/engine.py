@@ -176,9 +176,9 @@ def load_weights(engine: deepspeed.DeepSpeedEngine, source: TensorSource, tick: 
     for name, parameter in engine.module.named_parameters():
         if stage == 3:
             start, size = _local_range(parameter)
-            part = torch.zeros(parameter.ds_tensor.numel())
-            if size:
-                part[:size] = source.load_part(name, start, size)
+            part = source.load_part(name, start, size) if size else torch.empty(0)
+            padding = parameter.ds_tensor.numel() - size
+            part = nn.functional.pad(part.float(), (0, padding)) if padding else part.float()
             part = part.to(parameter.ds_tensor.device)
             safe_set_local_fp32_param(parameter, part)
             parameter.ds_tensor.data.copy_(part)

@@ -20,6 +20,8 @@ from megawan.data.synthetic import SyntheticLatents
 from megawan.dist import Environment
 from megawan.flow.loss import FlowMatching, FlowOptions
 from megawan.models.attention import select_attention
+from megawan.models.initial import InitialWeights
+from megawan.models.layouts import OpenedWeights, open_weights
 from megawan.models.recompute import Recompute, parse_recompute
 from megawan.models.variants import CLIP_TOKENS, Variant, WanConfig, get_variant
 from megawan.models.wan import token_grid
@@ -47,6 +49,7 @@ class Plan:
     steps: int
     clean_frames: int  # leading latent frames that are a clean condition (TI2V: 1) and carry no loss
     recompute: str  # --model.recompute, or what auto chose
+    weights: str | None  # what --model.init_from was found to be
 
     @property
     def need_lse(self) -> bool:
@@ -93,6 +96,7 @@ class Plan:
         return [
             f"model: {config.model.variant}, {cost.parameters(shape):,} parameters, {wan.num_heads} heads,"
             f" from {start}",
+            *([f"weights: {self.weights}"] if self.weights else []),
             f"data: {self.data.describe()}; {spread} tokens a video",
             f"layout: {layout.world_size} ranks = dp {layout.dp_size} x ring {layout.ring_degree} x ulysses"
             f" {layout.ulysses_degree}; ZeRO stage {self.deepspeed.zero_stage}, {self.deepspeed.precision},"
@@ -186,8 +190,7 @@ def _resolve(config: TrainConfig, place: Environment) -> Plan:
         raise ValueError(f"--data.prompt_dropout {config.data.prompt_dropout} must lie between 0 and 1")
     if config.data.workers < 0:
         raise ValueError(f"--data.workers {config.data.workers} must be 0 or more")
-    if config.model.init_from is not None and not config.model.init_from.exists():
-        raise FileNotFoundError(f"--model.init_from {config.model.init_from}: no such file or folder")
+    weights = None if config.model.init_from is None else open_start(config, variant).describe()
     file = ds_config.find(config.deepspeed, PACKAGE)
     resolved = ds_config.resolve(
         ds_config.read(file),
@@ -211,6 +214,7 @@ def _resolve(config: TrainConfig, place: Environment) -> Plan:
         steps,
         clean_frames,
         choose_recompute(config, variant, topology, resolved, longest),
+        weights,
     )
     select_attention(
         config.model.attention,
@@ -220,6 +224,22 @@ def _resolve(config: TrainConfig, place: Environment) -> Plan:
         need_lse=plan.need_lse,
     )
     return plan
+
+
+def open_start(config: TrainConfig, variant: Variant) -> OpenedWeights | InitialWeights:
+    """Return what a new run starts from: --model.init_from, every key and shape checked, or random weights.
+
+    Raises ValueError or FileNotFoundError naming file, key, expected and found.
+    """
+    if config.model.init_from is None:
+        return InitialWeights(variant.config, config.seed)
+    return open_weights(
+        config.model.init_from,
+        variant.config,
+        expert=variant.expert,
+        initialise_missing=config.model.initialise_missing,
+        seed=config.seed,
+    )
 
 
 def expert_flow(flow: FlowOptions, variant: Variant) -> FlowOptions:

@@ -29,11 +29,9 @@ from megawan.files import write_json
 from megawan.flow.loss import flow_loss
 from megawan.metrics import Clock, LossMeter, RunLog, describe_environment, peak_memory
 from megawan.models.attention import select_attention
-from megawan.models.initial import InitialWeights
-from megawan.models.layouts import TensorSource, open_weights
 from megawan.models.wan import LEAF_MODULES, WanModel, patchify, token_grid
 from megawan.parallel.context import ContextParallel
-from megawan.plan import Plan, make_plan, require_inputs, run_folder
+from megawan.plan import Plan, make_plan, open_start, require_inputs, run_folder
 
 PROG = "megawan/train.py"
 
@@ -245,19 +243,12 @@ def fill(engine: Any, engines: Any, plan: Plan, resume_from: Path | None) -> int
             engines.load_optimizer(engine, saved, bar.update)
         dist.say(f"resumed {resume_from}, written by {saved.manifest['world_size']} ranks")
         return saved.step
-    source: TensorSource = InitialWeights(plan.variant.config, plan.config.seed)
-    if plan.config.model.init_from is not None:
-        opened = open_weights(
-            plan.config.model.init_from,
-            plan.variant.config,
-            expert=plan.variant.expert,
-            initialise_missing=plan.config.model.initialise_missing,
-            seed=plan.config.seed,
-        )
-        dist.say(f"weights: {opened.describe()}")
-        source = opened
-    with progress("weights", len(source.keys())) as bar:
-        engines.load_weights(engine, source, bar.update)
+    try:
+        source = open_start(plan.config, plan.variant)
+        with progress("weights", len(source.keys())) as bar:
+            engines.load_weights(engine, source, bar.update)
+    except (ValueError, OSError) as error:  # they were whole when the plan was made
+        raise cli.UserError(str(error)) from None
     return 0
 
 

@@ -6,6 +6,7 @@ Reads every layout of docs/checkpoint_formats.md, one tensor at a time, and leav
 """
 
 import dataclasses
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,6 +43,8 @@ def main(argv: Sequence[str]) -> None:
     """Convert what `argv` asks for and print what was found and written."""
     options = cli.parse(Options, argv, prog=PROG, description="Rewrite Wan weights in another layout.")
     dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32, None: None}[options.dtype]
+    if not 0 < options.max_shard_gb < math.inf:
+        raise cli.UserError(f"--max_shard_gb {options.max_shard_gb} must be above 0 and finite")
     try:
         experts = open_experts(options.input)
         for weights in experts.values():

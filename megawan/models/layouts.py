@@ -170,7 +170,10 @@ def open_weights(
     config = config or found
     filled = _plan_filling(native, found, config, where, seed) if initialise_missing else None
     if filled is None:
-        _require_all(native, expected_shapes(config), where, found, config)
+        try:
+            _require_all(native, expected_shapes(config), where, found, config)
+        except ValueError as error:
+            raise ValueError(f"{error}{_filling_hint(native, found, config, where)}") from None
     return OpenedWeights(where, layout, config, variants, native, metadata, filled)
 
 
@@ -250,6 +253,8 @@ def _find_in(folder: Path) -> _Place:
     """Return the weights of a folder: its index, its one file, or its complete set of numbered shards."""
     config_file, expert = _config_beside(folder), _expert_of(folder)
     names = sorted(folder.iterdir())
+    if {"manifest.json", "rank_00000.safetensors"} <= {file.name for file in names}:
+        raise ValueError(_checkpoint_hint(folder))
     indices = [file for file in names if file.name.endswith(INDEX_SUFFIX)]
     if len(indices) == 1:
         return _Place(folder, "index", (indices[0],), config_file, expert)
@@ -265,9 +270,18 @@ def _find_in(folder: Path) -> _Place:
     if indices or weights:
         listed = ", ".join(file.name for file in (indices or weights)[:6])
         raise ValueError(f"{folder}: holds several weights ({listed}); give one of these files")
+    if (folder / "checkpoints").is_dir():
+        raise ValueError(_checkpoint_hint(folder))
     raise FileNotFoundError(
         f"{folder}: no weights; expected a .safetensors or .pth file, shards with an index, or a folder with"
         " transformer/ (diffusers) or high_noise_model/ and low_noise_model/ (A14B)"
+    )
+
+
+def _checkpoint_hint(folder: Path) -> str:
+    return (
+        f"{folder}: a training checkpoint, not weights; tools/export_checkpoint.py --input {folder} makes"
+        " weights of it, and a run goes on with --output and --checkpoint.resume"
     )
 
 
@@ -327,6 +341,15 @@ def _differences(found: WanConfig, config: WanConfig) -> list[str]:
         for name in names
         if getattr(found, name) != getattr(config, name)
     ]
+
+
+def _filling_hint(native: Stored, found: WanConfig, config: WanConfig, path: Path) -> str:
+    """Return that these weights can be a part of the model, where they can; else nothing."""
+    try:
+        _plan_filling(native, found, config, path, 0)
+    except ValueError:
+        return ""
+    return "; with --model.initialise_missing the model can start from them and what they lack anew"
 
 
 def _plan_filling(

@@ -469,6 +469,15 @@ def test_a_folder_must_hold_one_model(tmp_path: Path) -> None:
     assert "no weights" in refused(tmp_path / "folder.safetensors")
 
 
+def test_a_training_checkpoint_is_told_from_weights(tmp_path: Path) -> None:
+    step = tmp_path / "run/checkpoints/step_0000001"
+    step.mkdir(parents=True)
+    save_file({"master/head.head.bias": torch.zeros(3)}, step / "rank_00000.safetensors")
+    (step / "manifest.json").write_text("{}")
+    for path in (step, tmp_path / "run"):
+        assert f"export_checkpoint.py --input {path} makes weights of it" in refused(path)
+
+
 def test_norm_added_q_of_published_diffusers_files_is_ignored(tmp_path: Path) -> None:
     held = renamed(to_diffusers) | {"blocks.0.attn2.norm_added_q.weight": torch.ones(48)}
     save_file(held, tmp_path / "x.safetensors")
@@ -531,6 +540,7 @@ def test_a_control_model_starts_from_an_image_model(tmp_path: Path) -> None:
     source = InitialWeights(image, 1)
     write_weights(source, image, tmp_path / "n", "native", None, {})
     control = replace(image, in_dim=48)
+    assert "with --model.initialise_missing the model can start from them" in refused(tmp_path / "n", control)
     opened = open_weights(tmp_path / "n", control, initialise_missing=True)
     # What follows the noisy latent (mask and image there, control here) means something else: it starts at 0.
     assert torch.equal(
@@ -539,9 +549,9 @@ def test_a_control_model_starts_from_an_image_model(tmp_path: Path) -> None:
     assert (opened.load("patch_embedding.weight")[:, 16:] == 0).all()
     assert opened.filled is not None and opened.filled.new == ()
     # Nothing is dropped: a model without an image branch does not start from one with it.
-    assert "unexpected keys: blocks.0.cross_attn.k_img" in refused(
-        tmp_path / "n", SMALL, initialise_missing=True
-    )
+    for flag in (False, True):
+        found = refused(tmp_path / "n", SMALL, initialise_missing=flag)
+        assert "unexpected keys: blocks.0.cross_attn.k_img" in found and "--model" not in found
 
 
 def test_a_vace_branch_starts_anew_beside_its_base(tmp_path: Path) -> None:

@@ -482,6 +482,7 @@ def test_the_command_reports_in_one_line(tmp_path: Path) -> None:
             "bad.safetensors: damaged safetensors",
         ),
         (("--input", tmp_path / "n", "--output", tmp_path / "n"), "exists and is not an empty folder"),
+        (("--input", tmp_path / "n", "--output", tmp_path / "o", "--max_shard_gb", "inf"), "must be above 0"),
     ):
         done = convert(*arguments, "--layout", "comfyui")
         assert done.returncode == 2 and done.stdout.count("\n") <= 1
