@@ -77,7 +77,12 @@ def load(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
         )
         before, anonymous = memory("VmRSS"), memory("RssAnon")
         with PeakMemory(before) as building:
+            torch.use_deterministic_algorithms(
+                True
+            )  # fills empty tensors: their memory is there, and counted
             model = engines.build_model(lambda wan=wan: WanModel(wan), resolved, device)
+            torch.use_deterministic_algorithms(False)
+            unsharded = sum(parameter.numel() for parameter in model.parameters())
             engine = engines.initialize(model, LEAF_MODULES, resolved, optim.OptimOptions(), 10)
         with PeakMemory(before) as loading:
             source: Any = open_weights(Path(case["weights"]), wan)
@@ -87,6 +92,7 @@ def load(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "loading": loading.resident,
             "after": memory("RssAnon") - anonymous,
             "layout": source.layout,
+            "unsharded": unsharded,
         }
         if stage == 3:
             found["share"] = held_bytes(engine)

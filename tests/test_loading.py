@@ -108,6 +108,7 @@ def test_no_rank_needs_more_than_its_share_and_a_shard(dtype: str, loaded: dict[
         )
         parameters = sum(math.prod(shape) for shape in expected_shapes(CONFIGS["middle"]).values())
         assert share == pytest.approx(8 * parameters / 2, rel=0.01)
+        assert found["unsharded"] == 0
         assert max(found["building"], found["loading"]) < allowed(found)
         # The reading itself needs little: a part of one tensor, and the pages that it comes from.
         assert found["loading"] < 1.1 * share + SHARD
