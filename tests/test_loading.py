@@ -115,7 +115,8 @@ def test_no_rank_needs_more_than_its_share_and_a_shard(dtype: str, loaded: dict[
 
 
 def test_a_rank_that_reads_the_whole_state_dict_shows(loaded: dict[str, Any]) -> None:
-    for found in loaded["whole"]:
+    for rank, found in enumerate(loaded["whole"]):
+        print(f"whole state dict first, rank {rank}: resident peak {found['loading'] / 1e6:.0f} MB")
         assert found["loading"] > allowed(found)
 
 

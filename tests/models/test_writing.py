@@ -437,9 +437,11 @@ def test_a_conversion_holds_less_than_two_shards(layout: str, tmp_path: Path) ->
     words = done.stdout.split()
     assert words[-2:] == ["code", "0"], done.stderr
     peak = int(words[-3])
-    assert peak < 2 * shard, (
-        f"{peak / 1e6:.0f} MB beside {total / 1e6:.0f} MB of weights in shards of {shard / 1e6:.0f} MB"
+    print(
+        f"{layout}: peak {peak / 1e6:.0f} MB beside {total / 1e6:.0f} MB of weights in shards of"
+        f" {shard / 1e6:.0f} MB"
     )
+    assert peak < 2 * shard
 
 
 def convert(*arguments: object) -> subprocess.CompletedProcess[str]:
