@@ -192,7 +192,7 @@ def _said_by(config_file: Path | None) -> dict[str, Any]:
             said[field.name] = value = tuple(value)
         if value is not None and not _is_of(value, field.name):
             raise ValueError(
-                f"{config_file}: {field.name} is {value!r}; expected a value like {_example(field)}"
+                f"{config_file}: {field.name} is {repr(value)[:80]}; expected a value like {_example(field)}"
             )
     if not said.get("vace_layers"):
         said.pop("vace_layers", None)
@@ -212,7 +212,7 @@ def _is_of(value: Any, name: str) -> bool:
     if name in ("qk_norm", "cross_attn_norm"):
         return isinstance(value, bool)
     if name == "model_type":
-        return isinstance(value, str)
+        return isinstance(value, str) and value.isprintable() and len(value) < 40
     return isinstance(value, float) if name == "eps" else type(value) is int
 
 

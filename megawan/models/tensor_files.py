@@ -18,6 +18,7 @@ from torch import Tensor
 PICKLE_SUFFIXES = (".pth", ".pt", ".bin")
 INDEX_SUFFIX = ".safetensors.index.json"
 JSON_LIMIT = 64 * 2**20
+LONGEST_NAME = 400
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
@@ -119,9 +120,16 @@ def read_index(index: Path) -> tuple[Stored, dict[str, str]]:
     if not isinstance(places, dict) or not places:
         raise ValueError(f"{index}: expected a weight_map from tensor to shard")
     for key, name in places.items():
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+        _require_readable(key, index)
+        if (
+            not isinstance(name, str)
+            or Path(name).name != name
+            or not name.endswith(".safetensors")
+            or not name.isprintable()
+        ):
             raise ValueError(
-                f"{index}: {key} is in {name!r}; expected a .safetensors file of the same folder"
+                f"{index}: {key} is in {repr(name)[:LONGEST_NAME]}; expected a .safetensors file of the same"
+                " folder"
             )
     files = [index.parent / name for name in sorted(set(places.values()))]
     for file in files:
@@ -164,6 +172,7 @@ def read_safetensors(file: Path) -> tuple[Stored, dict[str, str]]:
         with safe_open(file, framework="pt") as opened:
             tensors: Stored = {}
             for key in opened.keys():
+                _require_readable(key, file)
                 view = opened.get_slice(key)
                 if view.get_dtype() not in DTYPES:
                     raise ValueError(
@@ -214,6 +223,7 @@ def _read_pickle(file: Path) -> Stored:
             raise ValueError(
                 f"{file}: expected a dictionary of dense tensors; {key!r} is a {type(tensor).__name__}"
             )
+        _require_readable(key, file)
         if tensor.dtype not in DTYPE_NAMES:
             raise ValueError(f"{file}: {key} is {tensor.dtype}; expected one of {', '.join(DTYPES)}")
         tensors[key] = StoredTensor(file, tuple(tensor.shape), tensor.dtype, _TensorRead(tensor.detach()))
@@ -228,6 +238,16 @@ class _TensorRead:
 
     def __call__(self, rows: slice) -> Tensor:
         return self.tensor[rows].clone()
+
+
+def _require_readable(key: str, file: Path) -> None:
+    """Raise ValueError for a name that could not be shown: messages, logs and terminals get names as they
+    are."""
+    if len(key) > LONGEST_NAME or not key.isprintable():
+        raise ValueError(
+            f"{file}: a tensor is named {ascii(key[:60])}...; no Wan has a name with control characters or"
+            f" longer than {LONGEST_NAME}"
+        )
 
 
 def _why_refused(error: Exception) -> str:

@@ -226,6 +226,8 @@ def test_published_configurations_are_understood(name: str, tmp_path: Path) -> N
         ({"num_heads": 5}, "48 over 5 heads"),
         ({"num_heads": "2"}, "num_heads is '2'; expected a value like 40"),
         ({"num_heads": True}, "num_heads is True"),
+        ({"model_type": "t2v\x1b[2J"}, r"model_type is 't2v\\x1b\[2J'; expected a value"),
+        ({"num_heads": "9" * 10**6}, "num_heads is '9{79}; expected a value"),
         ({"eps": "x"}, "eps is 'x'; expected a value like 1e-06"),
         ({"vace_layers": [0, 1]}, r"vace_layers is \(0, 1\), but the weights show no"),
         ({"num_attention_heads": 3, "attention_head_dim": 128}, "dim is 384, but the weights show 48"),
@@ -302,6 +304,21 @@ def test_a_damaged_or_foreign_file_is_named(
             assert message in found and str(file) in found
 
 
+@pytest.mark.parametrize("name", ["x\x1b[2J", "x\ny", "x" * 10**5, "x\u202e"])
+def test_a_name_that_cannot_be_shown_is_refused(name: str, tmp_path: Path) -> None:
+    held = state() | {name: torch.zeros(2)}
+    save_file(held, tmp_path / "x.safetensors")
+    torch.save(held, tmp_path / "x.pth")
+    path = native_folder(tmp_path / "n", 100_000)
+    index = path / f"{STEM}.safetensors.index.json"
+    content = json.loads(index.read_text())
+    index.write_text(json.dumps(content | {"weight_map": content["weight_map"] | {name: "y.safetensors"}}))
+    for file in (tmp_path / "x.safetensors", tmp_path / "x.pth", index):
+        message = refused(file)
+        assert message.startswith(f"{file}: a tensor is named 'x") and message.isprintable()
+        assert len(message) < len(str(file)) + 200
+
+
 class Payload:
     def __init__(self, command: str) -> None:
         self.command = command
@@ -364,6 +381,10 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
         ),
         (lambda index: index["weight_map"].update({"head.head.bias": "/etc/passwd"}), "of the same folder"),
         (lambda index: index["weight_map"].update({"head.head.bias": 3}), "of the same folder"),
+        (
+            lambda index: index["weight_map"].update({"head.head.bias": "\0\n.safetensors"}),
+            "of the same folder",
+        ),
         (
             lambda index: index["weight_map"].update({"extra": index["weight_map"]["head.head.bias"]}),
             "expected extra",
