@@ -4,18 +4,17 @@ Latents are the mean of the posterior, normalised once per channel: z = (mean - 
 """
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from megawan.encoders.codec import check_latents, check_pixels
 from megawan.encoders.fingerprint import fingerprint
+from megawan.encoders.original import load_renamed, read_tensors, require_complete
 
 # The published tables; a VAE whose config says otherwise gives other latents than every Wan was trained on.
 MEAN = {
@@ -148,25 +147,15 @@ def _from_folder(path: Path) -> Any:
     vae, report = AutoencoderKLWan.from_pretrained(
         path, local_files_only=True, torch_dtype=torch.float32, output_loading_info=True
     )
-    _complain(report["missing_keys"], report["unexpected_keys"])
+    require_complete(report["missing_keys"], report["unexpected_keys"])
     return vae
 
 
 def _from_file(name: str, path: Path) -> Any:
     """Return the VAE of an original file, whose sizes are read off its tensors: it has no config."""
-    if path.suffix == ".safetensors":
-        tensors: Any = load_file(path)
-    elif path.suffix in (".pth", ".pt"):
-        tensors = _from_pth(path)
-    else:
-        raise ValueError("a VAE file ends in .safetensors, .pth or .pt")
-    if isinstance(tensors, dict) and isinstance(tensors.get("model_state"), dict):
-        tensors = tensors["model_state"]
-    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise ValueError("the file does not hold named tensors")
-    tensors = {rename_key(name, str(key).removeprefix("model.")): value for key, value in tensors.items()}
+    tensors = {rename_key(name, key): value for key, value in read_tensors(path).items()}
     sizes = ("post_quant_conv.weight", "encoder.conv_in.weight", "decoder.norm_out.gamma")
-    _complain([key for key in sizes if key not in tensors], [])
+    require_complete([key for key in sizes if key not in tensors], [])
     channels = len(tensors["post_quant_conv.weight"])
     if channels != len(MEAN[name]):
         raise ValueError(f"it holds a VAE of {channels} channels; {name} has {len(MEAN[name])}")
@@ -183,23 +172,8 @@ def _from_file(name: str, path: Path) -> Any:
         config |= {"is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2}
     with torch.device("meta"):
         vae = AutoencoderKLWan(**config)
-    _complain(sorted(set(vae.state_dict()) - set(tensors)), sorted(set(tensors) - set(vae.state_dict())))
-    vae.load_state_dict(tensors, assign=True)
+    load_renamed(vae, tensors)
     return vae
-
-
-def _from_pth(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler raises whatever a broken file leads it to
-        raise ValueError("it is no file of torch.save, or holds more than tensors") from error
-
-
-def _complain(missing: Sequence[str], unexpected: Sequence[str]) -> None:
-    if missing:
-        raise ValueError(f"it lacks {len(missing)} tensors, first {missing[0]}")
-    if unexpected:
-        raise ValueError(f"it holds {len(unexpected)} tensors too many, first {unexpected[0]}")
 
 
 def _check_config(name: str, config: Any) -> None:
