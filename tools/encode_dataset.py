@@ -16,9 +16,11 @@ import torch
 from tqdm import tqdm
 
 from megawan.cli import UserError, parse, run
+from megawan.conditions import ImageConditions, open_conditions
 from megawan.data.cutting import CODEC_STRIDES, CutOptions, clip_size
 from megawan.data.encoding import REJECTED, Report, encode
 from megawan.data.manifest import read_manifest
+from megawan.encoders.codec import VideoCodec
 from megawan.encoders.opening import open_codec
 from megawan.encoders.text import TextEncoder
 from megawan.models.variants import get_variant
@@ -53,6 +55,10 @@ class Options(CutOptions):
     """Video encoder: Wan's VAEs (2.2 for ti2v-5B), or dct, the weightless demo codec."""
     vae: Path | None = None
     """Weights of the VAE: Wan2.1_VAE.pth, Wan2.2_VAE.pth or a diffusers folder; not for dct."""
+    variant: str | None = None
+    """The Wan that will train on this: stores what its image conditions are made of; default: text only."""
+    image_encoder: str | None = None
+    """For Wan2.1's i2v and flf2v: its CLIP file, an image_encoder folder, or debug for a seeded tiny one."""
     text_encoder: str = "debug"
     """Folder or file of the UMT5 encoder, or debug for the seeded tiny one of the debug variants."""
     tokenizer: Path | None = None
@@ -79,6 +85,7 @@ def main(argv: Sequence[str]) -> None:
         print(f"found {manifest.found}")
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         codec = open_codec(options.codec, options.vae, device)
+        conditions = open_image(options, codec, device)
         text, text_len = open_text(options)
         rows = len(manifest.rows[share[0] :: share[1]])
         with tqdm(total=rows, desc="encode", unit="clip", disable=None) as bar:
@@ -97,6 +104,7 @@ def main(argv: Sequence[str]) -> None:
                 size,
                 text_len,
                 device=device,
+                conditions=conditions,
                 share=share,
                 shard_bytes=options.shard_mib << 20,
                 tick=tick,
@@ -124,6 +132,18 @@ def parse_share(text: str) -> tuple[int, int]:
     if not (slash and first.isdecimal() and second.isdecimal() and int(first) < int(second)):
         raise ValueError(f"--shard {text} must be I/N with I from 0 to N-1")
     return int(first), int(second)
+
+
+def open_image(options: Options, codec: VideoCodec, device: torch.device) -> ImageConditions | None:
+    """Return what makes the image conditions of --variant, None where it has none."""
+    if options.variant is None:
+        if options.image_encoder is not None:
+            raise ValueError("--image_encoder is for image-to-video models: name one with --variant")
+        return None
+    variant = get_variant(options.variant)
+    if variant.task == "flf2v" and options.num_frames == 1:
+        raise ValueError(f"{variant.name} needs a first and a last frame; give --num_frames 5 or more")
+    return open_conditions(variant, codec, options.image_encoder, device)
 
 
 def open_text(options: Options) -> tuple[TextEncoder, int]:

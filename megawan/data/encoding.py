@@ -42,6 +42,14 @@ class Text(Protocol):
     def encode(self, texts: Sequence[str], max_length: int) -> list[Tensor]: ...
 
 
+class Conditions(Protocol):
+    """What an image-to-video model gets besides, handed in: pixels [B, 3, T, H, W] to "condition", "clip"."""
+
+    @property
+    def settings(self) -> dict[str, Any]: ...
+    def encode(self, pixels: Tensor) -> dict[str, Tensor]: ...
+
+
 @dataclass
 class Report:
     """What an encode came to, and so far while it runs."""
@@ -68,6 +76,7 @@ def encode(
     text_len: int,
     *,
     device: torch.device,
+    conditions: Conditions | None = None,
     share: tuple[int, int] = (0, 1),
     shard_bytes: int = SHARD_BYTES,
     tick: Callable[[Report], None] = lambda _: None,
@@ -93,6 +102,7 @@ def encode(
         "text_dim": text.dim,
         "text_len": text_len,
         **size.settings(),
+        **(conditions.settings if conditions else {}),
     }
     report = Report()
     order: dict[str, None] = {}  # keys of the samples, in the manifest's order
@@ -121,7 +131,7 @@ def encode(
                             report.kept += 1
                             continue
                         tensors = {
-                            **visual_tensors(window.frames, codec, device),
+                            **visual_tensors(window.frames, codec, device, conditions),
                             "text": features[row.prompt],
                         }
                         writer.add(key, tensors, _describe(row, digest, window, size))
@@ -141,9 +151,13 @@ def encode(
     return report
 
 
-def visual_tensors(frames: Frames, codec: Codec, device: torch.device) -> dict[str, Tensor]:
+def visual_tensors(
+    frames: Frames, codec: Codec, device: torch.device, conditions: Conditions | None = None
+) -> dict[str, Tensor]:
     """Return what a sample stores of its frames, by name (`Sample` has the names)."""
-    return {"latents": codec.encode(to_pixels(frames).to(device))[0]}
+    pixels = to_pixels(frames).to(device)
+    extras = conditions.encode(pixels) if conditions else {}
+    return {"latents": codec.encode(pixels)[0], **{name: value[0] for name, value in extras.items()}}
 
 
 def sample_key(source_sha256: str, prompt: str, window: int = 0) -> str:

@@ -44,6 +44,8 @@ class LatentStore:
         self.shapes: list[tuple[int, int, int, int]] = [tuple(row["shape"]) for row in self._rows]
         self.latent_channels = int(self.settings["latent_channels"])
         self.text_dim = int(self.settings["text_dim"])
+        self.condition: str = self.settings.get("condition", "none")
+        self.clip_tokens = int(self.settings.get("clip_tokens", 0))
         self._handles: dict[str, Any] = {}
         for name, entry in self._index["shards"].items():
             file = _inside(path, name)
@@ -94,7 +96,12 @@ class LatentStore:
         if len(shapes) > 1:
             shown = f"of {len(shapes)} shapes from {shown} to {list(shapes[-1])}"
         codec = self.settings["codec"]
-        return f"{self.path}: {len(self)} samples, latents {shown} by {codec}, text {self.text_dim}"
+        text = f"{self.path}: {len(self)} samples, latents {shown} by {codec}, text {self.text_dim}"
+        if self.condition != "none":
+            text += f", {self.condition} condition" + (
+                f", clip {self.clip_tokens}" if self.clip_tokens else ""
+            )
+        return text
 
     def verify(self) -> None:
         """Read every shard and raise ValueError naming the first whose sha256 is not the index's."""

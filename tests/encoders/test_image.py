@@ -1,4 +1,4 @@
-"""The image encoder at tiny widths and random weights: native pixels, the native formula, both formats, refusals."""
+"""The image encoder at tiny widths and random weights: native pixels and formula, both formats, refusals."""
 
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ def tiny(activation: str = "gelu", layers: int = LAYERS) -> Any:
 
 
 def native(model: Any) -> dict[str, Tensor]:
-    """The tensors under the names and in the shapes of Wan's file, text half and shared projection included."""
+    """The tensors in the names and shapes of Wan's file, with its text half and shared projection."""
     own = {key.removeprefix("vision_model."): value.clone() for key, value in model.state_dict().items()}
     file = {
         "visual.cls_embedding": own["embeddings.class_embedding"].view(1, 1, -1),
