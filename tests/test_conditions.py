@@ -188,7 +188,7 @@ def test_a_store_with_conditions_trains_an_image_model(tmp_path: Path) -> None:
     assert "i2v condition, clip 257" in done.out
     run = (
         "--variant",
-        variant,
+        "debug-i2v",
         "--data.path",
         "store",
         "--output",
