@@ -55,6 +55,8 @@ class Options(CutOptions):
     """Video encoder: Wan's VAEs (2.2 for ti2v-5B), or dct, the weightless demo codec."""
     vae: Path | None = None
     """Weights of the VAE: Wan2.1_VAE.pth, Wan2.2_VAE.pth or a diffusers folder; not for dct."""
+    vae_tile: int | None = None
+    """Tiles of so many pixels where memory is short (a multiple of 64); latents differ a little; default none."""
     variant: str | None = None
     """The Wan that will train on this: stores what its image conditions are made of; default: text only."""
     image_encoder: str | None = None
@@ -84,7 +86,7 @@ def main(argv: Sequence[str]) -> None:
         )
         print(f"found {manifest.found}")
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        codec = open_codec(options.codec, options.vae, device)
+        codec = open_codec(options.codec, options.vae, device, options.vae_tile)
         conditions = open_image(options, codec, device)
         text, text_len = open_text(options)
         rows = len(manifest.rows[share[0] :: share[1]])

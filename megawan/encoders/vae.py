@@ -1,6 +1,11 @@
 """Wan's own video autoencoders, through diffusers, in float32: 2.1 (16 channels) and 2.2 (48 channels).
 
 Latents are the mean of the posterior, normalised once per channel: z = (mean - MEAN) / STD.
+
+Memory: diffusers encodes 1 + 4 + 4 + ... frames and decodes latent frame by latent frame with the causal
+convolutions' last inputs kept, which is the model itself and exact. Clips of a batch go one by one, so that a
+clip's latents do not depend on its neighbours (in one call they differ in the last bit). Tiles in space are
+not exact, because the middle of the model attends over the whole frame: they are off unless asked for.
 """
 
 import re
@@ -46,27 +51,41 @@ STD = {
     ),
 }  # fmt: skip
 STRIDE = {"wan2.1": (4, 8, 8), "wan2.2": (4, 16, 16)}
+TILE_STEP = 64  # a tile's stride is 3/4 of it, and both must be whole latent positions
 
 
 class WanVae:
     """A Wan VAE as a VideoCodec (see megawan/encoders/codec.py)."""
 
-    def __init__(self, name: str, vae: Any) -> None:
-        """`vae` is a diffusers AutoencoderKLWan; ValueError unless its config is that of `name`."""
+    def __init__(self, name: str, vae: Any, tile: int | None = None) -> None:
+        """`vae` is a diffusers AutoencoderKLWan; `tile` as for `open`.
+
+        Raises ValueError unless its config is that of `name` and `tile` a multiple of 64.
+        """
         if name not in STRIDE:
             raise ValueError(f"there is no VAE {name!r}; legal: {', '.join(STRIDE)}")
+        if tile is not None and (tile < TILE_STEP or tile % TILE_STEP):
+            raise ValueError(f"tiles of {tile} pixels cannot be encoded; legal: multiples of {TILE_STEP}")
         _check_config(name, vae.config)
         self.latent_channels = len(MEAN[name])
         self.stride = STRIDE[name]
         self._vae = vae.float().eval().requires_grad_(False)
         self._mean = torch.tensor(MEAN[name], device=vae.device).view(1, -1, 1, 1, 1)
         self._std = torch.tensor(STD[name], device=vae.device).view(1, -1, 1, 1, 1)
-        self.fingerprint = fingerprint(name, vae.state_dict())
+        vae.enable_slicing()
+        if tile is not None:
+            vae.enable_tiling(tile, tile, tile * 3 // 4, tile * 3 // 4)
+        # Latents of tiles are other latents, so they get another name.
+        self.fingerprint = fingerprint(name, vae.state_dict(), "" if tile is None else f"tile {tile}")
 
     @classmethod
-    def open(cls, name: str, path: Path, device: torch.device | str = "cpu") -> "WanVae":
+    def open(
+        cls, name: str, path: Path, device: torch.device | str = "cpu", tile: int | None = None
+    ) -> "WanVae":
         """Return the VAE `name` from `path`: a diffusers folder or an original .pth or .safetensors.
 
+        `tile` pixels on a side (for wan2.2 twice that when it encodes) cap the memory of large frames, at the
+        price of latents that differ near the seams and, slightly, everywhere; None gives Wan's own.
         Nothing is fetched and no code in a .pth is run. Raises ValueError for anything else than that VAE.
         """
         if name not in STRIDE:
@@ -79,7 +98,7 @@ class WanVae:
             raise ValueError(
                 f"cannot open {path} as the VAE {name}: {' '.join(str(error).split())}"
             ) from error
-        return cls(name, vae.to(device))
+        return cls(name, vae.to(device), tile)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:

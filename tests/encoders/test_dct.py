@@ -89,5 +89,7 @@ def test_codecs_are_opened_by_name() -> None:
         open_codec("wan2.7", None, "cpu")
     with pytest.raises(ValueError, match="no path"):
         open_codec("dct", Path("vae"), "cpu")
+    with pytest.raises(ValueError, match="no tiles; given: 64"):
+        open_codec("dct", None, "cpu", 64)
     with pytest.raises(ValueError, match=r"wan2\.1 needs the path"):
         open_codec("wan2.1", None, "cpu")

@@ -1,5 +1,6 @@
 """Wan's VAEs at tiny widths and random weights: shapes, normalisation, every way of opening, and refusals."""
 
+import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,62 @@ def test_the_first_frame_alone_gives_the_first_latent_frame(name: str) -> None:
     codec = WanVae(name, tiny(name))
     whole = codec.encode(clip(name))
     torch.testing.assert_close(codec.encode(clip(name)[:, :, :1]), whole[:, :, :1], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_clips_latents_do_not_depend_on_its_neighbours_in_the_batch(name: str) -> None:
+    codec, both = WanVae(name, tiny(name)), clip(name)
+    latents = codec.encode(both)
+    pixels = codec.decode(latents)
+    for place in range(2):
+        assert torch.equal(latents[place], codec.encode(both[place : place + 1])[0])
+        assert torch.equal(pixels[place], codec.decode(latents[place : place + 1])[0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_encoding_in_time_chunks_is_causal_and_exact(name: str) -> None:
+    _, h, w = STRIDE[name]
+    codec = WanVae(name, tiny(name))
+    pixels = torch.rand(1, 3, 13, 2 * h, 2 * w, generator=generator_at(0, "long")) * 2 - 1
+    whole = codec.encode(pixels)
+    for frames in (1, 5, 9):
+        short = codec.encode(pixels[:, :, :frames])
+        torch.testing.assert_close(short, whole[:, :, : short.shape[2]], atol=1e-6, rtol=0)
+    later = pixels.clone()
+    later[:, :, 9:] = 0
+    changed = codec.encode(later)
+    assert torch.equal(changed[:, :, :3], whole[:, :, :3])
+    assert not torch.equal(changed[:, :, 3], whole[:, :, 3])
+
+
+@pytest.mark.parametrize(("name", "side"), [("wan2.1", 96), ("wan2.2", 192)])
+def test_tiles_are_off_by_default_and_change_latents_within_a_bound(name: str, side: int) -> None:
+    pixels = torch.rand(1, 3, 5, side, side, generator=generator_at(0, "large")) * 2 - 1
+    exact = WanVae(name, tiny(name))
+    tiled = WanVae(name, tiny(name), tile=64)
+    roomy = WanVae(name, tiny(name), tile=192)
+    expected = exact.encode(pixels)
+    assert torch.equal(roomy.encode(pixels), expected)  # one tile is the whole
+    difference = tiled.encode(pixels) - expected
+    assert tiled.encode(pixels).shape == expected.shape
+    assert 1e-3 < float(difference.pow(2).mean().sqrt() / expected.std()) < 0.2
+    assert len({exact.fingerprint, tiled.fingerprint, roomy.fingerprint}) == 3
+    assert exact.fingerprint == WanVae(name, tiny(name)).fingerprint
+    for tile in (0, 32, 100):
+        with pytest.raises(ValueError, match=f"tiles of {tile} pixels.*multiples of 64"):
+            WanVae(name, tiny(name), tile=tile)
+
+
+def test_the_tables_are_the_published_ones() -> None:
+    # diffusers' own defaults are those of 2.1.
+    defaults = inspect.signature(AutoencoderKLWan.__init__).parameters
+    assert MEAN["wan2.1"] == tuple(defaults["latents_mean"].default)
+    assert STD["wan2.1"] == tuple(defaults["latents_std"].default)
+    # Of 2.2's tables the sum and the sum weighted by place, from the published lists.
+    for table, plain, weighted in ((MEAN["wan2.2"], -0.5589, -7.0659), (STD["wan2.2"], 32.536, 758.3531)):
+        assert len(table) == 48
+        assert sum(table) == pytest.approx(plain, abs=1e-6)
+        assert sum(place * value for place, value in enumerate(table)) == pytest.approx(weighted, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", NAMES)
