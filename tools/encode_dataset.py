@@ -56,15 +56,17 @@ class Options(CutOptions):
     vae: Path | None = None
     """Weights of the VAE: Wan2.1_VAE.pth, Wan2.2_VAE.pth or a diffusers folder; not for dct."""
     vae_tile: int | None = None
-    """Tiles of so many pixels where memory is short (a multiple of 64); latents differ a little; default none."""
+    """Encode in tiles of so many pixels (64n) where memory is short; the latents differ; default none."""
     variant: str | None = None
     """The Wan that will train on this: stores what its image conditions are made of; default: text only."""
     image_encoder: str | None = None
     """For Wan2.1's i2v and flf2v: its CLIP file, an image_encoder folder, or debug for a seeded tiny one."""
     text_encoder: str = "debug"
     """Folder or file of the UMT5 encoder, or debug for the seeded tiny one of the debug variants."""
+    text_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Precision of the UMT5 encoder; bfloat16 is what Wan's authors use. The debug one is float32."""
     tokenizer: Path | None = None
-    """Folder of its tokenizer; default: with the encoder."""
+    """Folder of its tokenizer; default: in, beside or under google/umt5-xxl with the encoder."""
     text_len: int | None = None
     """Longest caption in tokens; default 512, and 32 for the debug encoder."""
     shard_mib: int = 1024
@@ -88,7 +90,7 @@ def main(argv: Sequence[str]) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         codec = open_codec(options.codec, options.vae, device, options.vae_tile)
         conditions = open_image(options, codec, device)
-        text, text_len = open_text(options)
+        text, text_len = open_text(options, device)
         rows = len(manifest.rows[share[0] :: share[1]])
         with tqdm(total=rows, desc="encode", unit="clip", disable=None) as bar:
 
@@ -148,16 +150,15 @@ def open_image(options: Options, codec: VideoCodec, device: torch.device) -> Ima
     return open_conditions(variant, codec, options.image_encoder, device)
 
 
-def open_text(options: Options) -> tuple[TextEncoder, int]:
+def open_text(options: Options, device: torch.device) -> tuple[TextEncoder, int]:
     """Return the text encoder and its longest caption in tokens."""
     if options.text_encoder == "debug":
         wan = get_variant("debug").config
         text, default = TextEncoder.debug(dim=wan.text_dim), wan.text_len
     else:
-        text, default = (
-            TextEncoder.open(Path(options.text_encoder), options.tokenizer or Path(options.text_encoder)),
-            WAN_TEXT_LEN,
-        )
+        dtype = getattr(torch, options.text_dtype)
+        text = TextEncoder.open(Path(options.text_encoder), options.tokenizer, device, dtype)
+        default = WAN_TEXT_LEN
     length = options.text_len or default
     if length < 1:
         raise ValueError(f"--text_len {length} must be 1 or more")
