@@ -10,10 +10,12 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from megawan.conditions import ImageConditions, open_conditions
+from megawan.data.batch import collate
 from megawan.data.encoding import ClipSize, encode
 from megawan.data.latents import LatentStore
 from megawan.data.loader import make_loader
 from megawan.data.manifest import read_manifest
+from megawan.data.synthetic import SyntheticLatents
 from megawan.data.video import write_mp4
 from megawan.encoders.dct import DctCodec
 from megawan.encoders.image import ImageEncoder
@@ -173,6 +175,23 @@ def test_conditions_travel_from_the_clip_to_the_batch(tmp_path: Path, images: Im
     # A store of text alone is not mixed with one of conditions.
     with pytest.raises(ValueError, match="condition: there 'flf2v', asked None"):
         fill(None)
+
+
+def test_synthetic_samples_can_have_conditions_and_are_otherwise_the_same() -> None:
+    asked: dict[str, Any] = {"shape": (16, 2, 4, 6), "text_dim": 8, "text_len": 4, "seed": 3, "count": 2}
+    plain = SyntheticLatents(**asked)
+    full = SyntheticLatents(**asked, condition_channels=20, clip=(257, 1280))
+    assert plain[1].condition is None and plain[1].clip is None
+    batch = collate([full[0], full[1]], [0, 1], [0, 0], 4)
+    assert batch.condition is not None and batch.condition.shape == (2, 20, 2, 4, 6)
+    assert batch.clip is not None and batch.clip.shape == (2, 257, 1280)
+    assert not torch.equal(batch.condition[0], batch.condition[1])
+    again = SyntheticLatents(**asked, condition_channels=20, clip=(257, 1280))[1]
+    assert again.clip is not None and torch.equal(again.clip, batch.clip[1])
+    assert torch.equal(full[1].latents, plain[1].latents) and torch.equal(full[1].text, plain[1].text)
+    assert plain.fingerprint != full.fingerprint and "condition [20, 2, 4, 6]" in full.describe()
+    with pytest.raises(ValueError, match="some have clip features and some have none"):
+        collate([full[0], plain[1]], [0, 1], [0, 0], 4)
 
 
 def test_a_store_with_conditions_trains_an_image_model(tmp_path: Path) -> None:

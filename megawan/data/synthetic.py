@@ -10,8 +10,8 @@ from megawan.rng import generator_at
 class SyntheticLatents:
     """`count` samples of one latent shape: normal latents and text features of varying true length.
 
-    clip: the shape [rows, dim] of CLIP features, for models that take them; condition_channels: how many
-    channels of condition each sample has.
+    With `condition_channels` each has a condition [condition_channels, T, H, W], with `clip` rows of that
+    shape (257 or 514, 1280): what image-to-video models read besides.
     """
 
     def __init__(
@@ -22,34 +22,38 @@ class SyntheticLatents:
         text_len: int,
         seed: int,
         count: int = 32,
-        clip: tuple[int, int] | None = None,
         condition_channels: int = 0,
+        clip: tuple[int, int] | None = None,
     ) -> None:
         self.shapes = [shape] * count
         self.latent_channels = shape[0]
         self.text_dim = text_dim
         self.fingerprint = f"synthetic-{shape}-{text_dim}-{text_len}-{seed}-{count}"
+        if condition_channels or clip:
+            self.fingerprint += f"-{condition_channels}-{clip}"
+        self._extras: dict[str, tuple[int, ...]] = {}
+        if condition_channels:
+            self._extras["condition"] = (condition_channels, *shape[1:])
+        if clip:
+            self._extras["clip"] = clip
         self._text_len = text_len
-        self._clip = clip
-        self._condition_channels = condition_channels
         self._seed = seed
 
     def __len__(self) -> int:
         return len(self.shapes)
 
     def __getitem__(self, index: int) -> Sample:
-        """Return sample `index`: float32 latents [C, T, H, W], text [1 .. text_len, text_dim], and
-        what the model takes beside them."""
+        """Return sample `index`: float32 latents [C, T, H, W] and text [1 .. text_len, text_dim]."""
         generator = generator_at(self._seed, "synthetic", index)
         rows = int(torch.randint(1, self._text_len + 1, (1,), generator=generator))
         text = torch.randn(rows, self.text_dim, generator=generator)
         latents = torch.randn(self.shapes[index], generator=generator)
-        clip, condition = None, None
-        if self._clip is not None:
-            clip = torch.randn(self._clip, generator=generator)
-        if self._condition_channels:
-            condition = torch.randn(self._condition_channels, *latents.shape[1:], generator=generator)
-        return Sample(latents, text, f"synthetic sample {index}", clip, condition)
+        extras = {
+            name: torch.randn(shape, generator=generator_at(self._seed, "synthetic", index, name))
+            for name, shape in self._extras.items()
+        }
+        prompt = f"synthetic sample {index}"
+        return Sample(latents, text, prompt, extras.get("clip"), extras.get("condition"))
 
     @property
     def empty_text(self) -> torch.Tensor:
@@ -58,4 +62,5 @@ class SyntheticLatents:
 
     def describe(self) -> str:
         """Return what this is, for the start-up lines."""
-        return f"{len(self)} synthetic samples of latent shape {list(self.shapes[0])}"
+        extras = "".join(f", {name} {list(shape)}" for name, shape in self._extras.items())
+        return f"{len(self)} synthetic samples of latent shape {list(self.shapes[0])}{extras}"

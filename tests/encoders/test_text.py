@@ -89,6 +89,10 @@ def native_features(file: dict[str, Tensor], ids: list[int]) -> Tensor:
     [
         ("  a\tred \n circle ", "a red circle"),
         ("cats &amp;amp; dogs", "cats & dogs"),
+        (
+            "1 &lt; 2 < 3 &amp;amp;amp; 4",
+            "1 < 2 < 3 &amp; 4",
+        ),  # where there is a <, ftfy leaves entities alone
         ("schÃ¶n", "schön"),
         ("a\u3000b", "a b"),
         ("", ""),
