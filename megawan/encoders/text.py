@@ -212,7 +212,7 @@ def _from_file(path: Path) -> Any:
         num_layers=1 + max(int(key.split(".")[2]) for key in tensors if ".block." in key),
         num_heads=heads,
         relative_attention_num_buckets=buckets,
-        relative_attention_max_distance=16,
+        relative_attention_max_distance=128,
     )
     with torch.device("meta"):
         model = UMT5EncoderModel(config)
