@@ -40,12 +40,13 @@ def require_complete(missing: Sequence[str], unexpected: Sequence[str]) -> None:
 
 
 def load_renamed(model: Any, tensors: dict[str, Tensor]) -> None:
-    """Fill `model`, built on the meta device, with exactly `tensors`; ValueError naming what does not fit."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    require_complete(sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted)))
-    for name, shape in wanted.items():
-        if tuple(tensors[name].shape) != shape:
-            raise ValueError(f"{name} is {list(tensors[name].shape)}, the model has {list(shape)}")
+    """Fill `model`, built on the meta device, with exactly `tensors`.
+
+    Raises ValueError naming the first tensor that is missing or left over, RuntimeError for one of another
+    shape.
+    """
+    wanted = set(model.state_dict())
+    require_complete(sorted(wanted - set(tensors)), sorted(set(tensors) - wanted))
     model.load_state_dict(tensors, assign=True)
 
 

@@ -232,6 +232,16 @@ def test_a_file_that_is_not_whole_is_refused(
         TextEncoder.open(tmp_path / "t5.pth", tokenizer)
 
 
+def test_a_file_with_a_tensor_of_another_shape_is_refused(tmp_path: Path, encoder: TextEncoder) -> None:
+    _, tokenizer = saved(tmp_path, encoder)
+    file = native(encoder)
+    file["blocks.1.norm1.weight"] = torch.ones(63)
+    torch.save(file, tmp_path / "t5.pth")
+    with pytest.raises(ValueError, match=r"block\.1\.layer\.0\.layer_norm\.weight.*63") as caught:
+        TextEncoder.open(tmp_path / "t5.pth", tokenizer)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_file_of_zeros_is_refused(tmp_path: Path, encoder: TextEncoder) -> None:
     _, tokenizer = saved(tmp_path, encoder)
     file = native(encoder)
