@@ -217,7 +217,7 @@ def test_a_store_with_conditions_trains_an_image_model(tmp_path: Path) -> None:
         "--micro_batch",
         "2",
     )
-    trained = command(ROOT / "megawan/train.py", *run, cwd=tmp_path)
+    trained = command(ROOT / "megawan/train.py", *run, cwd=tmp_path, timeout=300)
     assert trained.code == 0, trained.err[-3000:]
     assert "step 2/2 | loss " in trained.out and "nan" not in trained.out
 
