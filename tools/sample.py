@@ -148,9 +148,7 @@ def text_features(
     if options.text_encoder == "debug":
         encoder = TextEncoder.debug(dim=text_dim)
     else:
-        encoder = TextEncoder.open(
-            Path(options.text_encoder), options.tokenizer or Path(options.text_encoder)
-        )
+        encoder = TextEncoder.open(Path(options.text_encoder), options.tokenizer)
     features = [pad_text(rows, text_len) for rows in encoder.encode([*prompts, ""], text_len)]
     return torch.stack(features[:-1]).to(device), features[-1].to(device)
 
