@@ -44,7 +44,7 @@ class LivelyWeights(InitialWeights):
     """Initial weights with noise of this size on top: Wan's head starts at zero, which would keep every other
     gradient at zero."""
 
-    def __init__(self, config: WanConfig, seed: int, noise: float) -> None:
+    def __init__(self, config: WanConfig, seed: int, noise: float = 0.05) -> None:
         super().__init__(config, seed)
         self.noise = noise
 

@@ -11,8 +11,10 @@ from megawan import config, cost, plan
 from megawan.cli import UserError
 from megawan.data.latents import LatentStore, StoreWriter
 from megawan.dist import Environment
+from megawan.models.initial import InitialWeights
 from megawan.models.variants import VARIANTS, get_variant
 from megawan.models.wan import WanModel
+from megawan.models.writing import write_weights
 from megawan.plan import Plan, make_plan
 
 
@@ -64,7 +66,7 @@ MISTAKES: list[tuple[tuple[str, ...], int, str]] = [
     (("--parallel.ring_degree=0",), 4, "ring_degree 0 must be 1 or more"),
     (("--model.recompute=half",), 1, "half"),
     (("--model.attention=magic",), 1, "magic"),
-    (("--model.init_from=/nowhere/at/all",), 1, "--model.init_from /nowhere/at/all: no such file or folder"),
+    (("--model.init_from=/nowhere/at/all",), 1, "/nowhere/at/all: no such file or folder"),
     (("--data.path=/nowhere/at/all",), 1, "/nowhere/at/all: not a finished latent store"),
     (("--data.prompt_dropout=1.5",), 1, "--data.prompt_dropout 1.5 must lie between 0 and 1"),
     (("--data.prompt_dropout=nan",), 1, "--data.prompt_dropout nan must lie between 0 and 1"),
@@ -182,7 +184,9 @@ def test_released_weights_are_not_tuned_on_another_codecs_latents(tmp_path: Path
     message = refused(f"--data.path={demo}", *flags)
     assert "latents of codec dct" in message and "encode with --codec wan2.1" in message
     planned(f"--data.path={demo}", "--model.variant=t2v-1.3B")  # from random weights any latents will do
-    planned(f"--data.path={store(tmp_path / 'real', codec='wan2.1', text_dim=4096)}", *flags)
+    # Latents of its own codec are fine: what is refused then is the empty file of weights.
+    own = store(tmp_path / "real", codec="wan2.1", text_dim=4096)
+    assert "an empty file" in refused(f"--data.path={own}", *flags)
 
 
 @pytest.mark.parametrize(
@@ -232,9 +236,15 @@ def test_the_lines_of_a_plan_hold_its_arithmetic(name: str) -> None:
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in WanModel(get_variant(name).config).parameters())
     assert model == f"model: {name}, {parameters:,} parameters, 6 heads, from random weights of seed 0"
+    extras = {
+        "debug-i2v": ", condition [20, 3, 8, 8], clip [257, 1280]",
+        "debug-flf2v": ", condition [20, 3, 8, 8], clip [514, 1280]",
+        "debug-control": ", condition [32, 3, 8, 8], clip [257, 1280]",
+    }.get(name, "")
     channels, side, tokens = (48, 4, 12) if name == "debug-ti2v" else (16, 8, 48)
     assert data == (
-        f"data: 32 synthetic samples of latent shape [{channels}, 3, {side}, {side}]; {tokens} tokens a video"
+        f"data: 32 synthetic samples of latent shape [{channels}, 3, {side}, {side}]{extras};"
+        f" {tokens} tokens a video"
     )
     assert re.match(
         r"layout: 8 ranks = dp 2 x ring 2 x ulysses 2; ZeRO stage 3, (fp32|bf16), recompute none", layout
@@ -254,8 +264,10 @@ def test_the_lines_of_a_plan_hold_its_arithmetic(name: str) -> None:
 
 
 def test_given_weights_are_named(tmp_path: Path) -> None:
-    found = planned(f"--model.init_from={tmp_path}")
-    assert found.describe()[0].endswith(f"heads, from weights of {tmp_path}")
+    wan = get_variant("debug").config
+    write_weights(InitialWeights(wan, 0), wan, tmp_path / "w", "native", None, {})
+    found = planned(f"--model.init_from={tmp_path / 'w'}")
+    assert found.describe()[0].endswith(f"heads, from weights of {tmp_path / 'w'}")
 
 
 def test_the_run_folder_is_the_given_one_or_a_new_one_by_name() -> None:

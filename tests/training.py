@@ -16,7 +16,7 @@ from megawan.plan import Plan, make_plan
 
 def lively(plan: Plan) -> LivelyWeights:
     """Return the weights that every run of this plan's variant and seed starts from."""
-    return LivelyWeights(plan.variant.config, plan.config.seed, 0.05)
+    return LivelyWeights(plan.variant.config, plan.config.seed)
 
 
 def plan_of(world_size: int, *argv: str) -> Plan:
