@@ -106,12 +106,18 @@ def _help_indent(line: str) -> int:
     return len(match[1]) if match else 0
 
 
-def run(main: Callable[[Sequence[str]], None], prog: str, rank: int = 0) -> NoReturn:
+def run(
+    main: Callable[[Sequence[str]], None],
+    prog: str,
+    rank: int = 0,
+    leave: Callable[[int], NoReturn] = sys.exit,
+) -> NoReturn:
     """Call `main(argv)` and exit: 0 when it returns, 2 with one line when it raises UserError, 130 on Ctrl-C,
     141 when its reader went away.
 
     In a launched world all ranks find the same mistake and rank 0 says it. Another rank waits until the
     launcher ends it; one that is still there after 5 seconds found a mistake of its own, and says it.
+    `leave` ends the process; a program that joins a process group gives dist.leave.
     """
     try:
         main(sys.argv[1:])
@@ -120,11 +126,11 @@ def run(main: Callable[[Sequence[str]], None], prog: str, rank: int = 0) -> NoRe
         if rank:
             time.sleep(5)
         sys.stderr.write(f"{who}: error: {' '.join(str(error).split())}\n")
-        sys.exit(2)
+        leave(2)
     except KeyboardInterrupt:
         sys.stderr.write(f"{prog}: interrupted\n")
-        sys.exit(130)
+        leave(130)
     except BrokenPipeError:  # `... --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the last flush would say it again
-        sys.exit(141)
-    sys.exit(0)
+        leave(141)
+    leave(0)

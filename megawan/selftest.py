@@ -227,3 +227,4 @@ def _engine_objection(device: torch.device) -> str | None:
 
 if __name__ == "__main__":
     run_rank(json.loads(sys.argv[1]))
+    dist.leave(0)

@@ -297,4 +297,4 @@ def progress(title: str, total: int) -> "tqdm[Any]":
 
 
 if __name__ == "__main__":
-    cli.run(main, PROG, rank=dist.environment().rank)
+    cli.run(main, PROG, rank=dist.environment().rank, leave=dist.leave)

@@ -19,6 +19,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megawan import dist
+
 ROOT = Path(__file__).resolve().parents[1]
 TAIL_LINES = 40
 POLL_S = 0.02
@@ -163,6 +165,7 @@ def _rank_main(function: str, folder: Path, parent: int) -> None:
     except BaseException:
         (folder / f"{rank}.raised").write_text(str(time.time_ns()), "utf-8")
         raise
+    dist.leave(0)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Ranks: what the launcher says, and what they tell each other. One group of two serves all tests."""
 
 import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -68,6 +70,15 @@ def test_a_process_of_its_own_is_a_world_of_one(capsys: pytest.CaptureFixture[st
     assert not torch.distributed.is_initialized() and dict(os.environ) == before
     dist.shutdown()
     assert capsys.readouterr().out == "no group yet\n"
+
+
+def test_leaving_takes_nothing_down_and_loses_no_output() -> None:
+    # os.abort stands for what a thread of gloo does when it meets an interpreter that goes down.
+    code = (
+        "import atexit, os; from megawan import dist; atexit.register(os.abort); print('last'); dist.leave(3)"
+    )
+    gone = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (gone.returncode, gone.stdout) == (3, "last\n")
 
 
 def test_ranks_know_their_places(seen: list[dict[str, Any]]) -> None:
