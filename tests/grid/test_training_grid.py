@@ -27,6 +27,7 @@ COMMON = (
 )  # fmt: skip
 VARIANTS = {
     "debug": ("--model.variant=debug", "--data.height=48", "--data.width=80"),
+    "debug-i2v": ("--model.variant=debug-i2v", "--data.height=48", "--data.width=80"),
     "debug-ti2v": ("--model.variant=debug-ti2v", "--data.height=96", "--data.width=160"),
 }
 
