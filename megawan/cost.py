@@ -178,9 +178,10 @@ def model_states(
     """Return the model states of one rank for `params` parameters trained with Adam.
 
     ZeRO shards the optimizer over the world from stage 1, gradients from stage 2, weights at stage 3.
-    `precision` is "bf16" (2-byte weights and gradients, fp32 masters: 16 bytes a parameter) or "fp32" (the
-    weights are the masters: also 16); `gradient_bytes` overrides the size of a gradient element. Raises
-    ValueError for anything else.
+    `precision` is "bf16" (2-byte weights and gradients, fp32 masters: 16 bytes a parameter) or "fp32": 16
+    without ZeRO, where the weights are the masters, and 20 with it, because DeepSpeed keeps masters of its
+    own beside fp32 weights. `gradient_bytes` overrides the size of a gradient element. Raises ValueError for
+    anything else.
     """
     if precision not in ("bf16", "fp32"):
         raise ValueError(f"precision {precision!r} has no state sizes; legal: bf16, fp32")
@@ -190,7 +191,7 @@ def model_states(
         raise ValueError(f"world_size {world_size} must be 1 or more")
     weight = 2 if precision == "bf16" else 4
     gradient = weight if gradient_bytes is None else gradient_bytes
-    master = 4 if precision == "bf16" else 0
+    master = 0 if precision == "fp32" and zero_stage == 0 else 4
     shard = -(-params // world_size)
     return StateBytes(
         weights=weight * (shard if zero_stage == 3 else params),

@@ -199,7 +199,8 @@ def test_model_states_are_sixteen_bytes_a_parameter(shape: ModelShape, gigabytes
     params = cost.parameters(shape)
     assert cost.model_state_bytes_per_rank(params, 1, 0) == 16 * params
     assert cost.model_state_bytes_per_rank(params, 1, 3) / 1e9 == pytest.approx(gigabytes, abs=0.051)
-    assert cost.model_state_bytes_per_rank(params, 1, 3, "fp32") == 16 * params
+    assert cost.model_state_bytes_per_rank(params, 1, 0, "fp32") == 16 * params
+    assert cost.model_state_bytes_per_rank(params, 1, 3, "fp32") == 20 * params  # counted: test_zero_bytes.py
     assert cost.model_states(params, 1, 3, gradient_bytes=4).total == 18 * params
 
 

@@ -19,6 +19,12 @@ CASES: dict[str, dict[str, Any]] = {
     "large": {"zero": LARGE, "recompute": "none"},
     "large, recompute": {"zero": LARGE, "recompute": "full"},
     "large, fp32": {"zero": LARGE, "recompute": "none", "file": {"communication_data_type": "fp32"}},
+    "stage 1": {"zero": {"stage": 1}, "recompute": "none"},
+    "stage 2": {"zero": {"stage": 2}, "recompute": "none"},
+    "fp32": {"zero": SHIPPED, "recompute": "none", "precision": "fp32"},
+    "fp32 stage 0": {"zero": {"stage": 0}, "recompute": "none", "precision": "fp32"},
+    "fp32 stage 1": {"zero": {"stage": 1}, "recompute": "none", "precision": "fp32"},
+    "fp32 stage 2": {"zero": {"stage": 2}, "recompute": "none", "precision": "fp32"},
 }
 PARAMETERS = cost.parameters(model_shape(get_variant("debug").config))
 
@@ -52,9 +58,11 @@ def test_gathers_and_reductions_send_the_predicted_bytes(
 
 @pytest.mark.parametrize("name", CASES)
 def test_each_rank_holds_the_predicted_states(name: str, found: dict[str, Any]) -> None:
-    states = cost.model_states(PARAMETERS, 2, 3, "bf16")
+    stage = CASES[name]["zero"]["stage"]
+    states = cost.model_states(PARAMETERS, 2, stage, CASES[name].get("precision", "bf16"))
+    # Stage 1 keeps whole gradients while micro-batches accumulate, and its shard of them after the last.
+    gradients = states.gradients / 2 if stage == 1 else states.gradients
     for rank in found[name]:
-        held = rank["held"]
-        assert held["weights"] == pytest.approx(states.weights, rel=0.02)
-        assert held["gradients"] == pytest.approx(states.gradients, rel=0.02)
-        assert held["optimizer"] == pytest.approx(states.optimizer, rel=0.02)
+        assert rank["held"]["weights"] == pytest.approx(states.weights, rel=0.02)
+        assert rank["held"]["gradients"] == pytest.approx(gradients, rel=0.02)
+        assert rank["held"]["optimizer"] == pytest.approx(states.optimizer, rel=0.02)

@@ -24,6 +24,33 @@ def counting(name: str, call: Any, sent: Counter[str]) -> Any:
     return counted
 
 
+def states(engine: Any, model: torch.nn.Module) -> dict[str, list[torch.Tensor]]:
+    """Return the tensors that DeepSpeed holds between backward pass and step."""
+    stage, inner = engine.zero_optimization_stage(), engine.optimizer
+    parameters = list(model.parameters())
+    if stage == 0:
+        return {
+            "weights": parameters,
+            "gradients": [parameter.grad for parameter in parameters if parameter.grad is not None],
+            "optimizer": moments(inner),
+        }
+    if stage == 3:
+        return {
+            "weights": [parameter.ds_tensor for parameter in parameters],
+            "gradients": list(inner._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition.values()),
+            "optimizer": [*inner.fp32_partitioned_groups_flat, *moments(inner.optimizer)],
+        }
+    return {
+        "weights": parameters,
+        "gradients": [gradient for group in inner.averaged_gradients.values() for gradient in group],
+        "optimizer": [*inner.single_partition_of_fp32_groups, *moments(inner.optimizer)],
+    }
+
+
+def moments(optimizer: Any) -> list[torch.Tensor]:
+    return [value for state in optimizer.state.values() for value in state.values() if value.ndim]
+
+
 def steps(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Take three steps in every case; return the bytes of the last, by collective, and the states held."""
     sent: Counter[str] = Counter()
@@ -44,7 +71,7 @@ def steps(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
             accumulation=1,
             world_size=place.world_size,
             grad_clip=1.0,
-            precision="bf16",
+            precision=case.get("precision", "bf16"),
             on_gpu=False,
         )
         model = engines.build_model(
@@ -58,17 +85,8 @@ def steps(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
             text = torch.randn(1, wan.text_len, wan.text_dim, generator=generator)
             pred = engine(latents, torch.tensor([500.0]), text)
             engine.backward(pred.float().square().mean())
+            held = states(engine, model)
             engines.optimizer_step(engine, 1.0)
-        optimizer = engine.optimizer
-        gradients = optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition.values()
-        moments = [
-            value for state in optimizer.optimizer.state.values() for value in state.values() if value.ndim
-        ]
-        held = {
-            "weights": [parameter.ds_tensor for parameter in model.parameters()],
-            "gradients": list(gradients),
-            "optimizer": [*optimizer.fp32_partitioned_groups_flat, *moments],
-        }
         results.append(
             {
                 "sent": dict(sent),
