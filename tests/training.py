@@ -38,9 +38,12 @@ class Reference:
 
 def reference_run(plan: Plan) -> Reference:
     """Return the run of a one-rank plan by plain torch: no DeepSpeed, no sharding, the whole global batch at
-    once."""
+    once.
+
+    In float64, so that the rounding that a comparison sees is that of the run alone.
+    """
     options, wan = plan.config, plan.variant.config
-    model = WanModel(wan)
+    model = WanModel(wan).double()
     weights = lively(plan)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -72,12 +75,12 @@ def reference_run(plan: Plan) -> Reference:
             clean_frames=plan.clean_frames,
         )
         pred = model(
-            sample.x_t,
-            sample.timestep,
-            batch.text,
+            sample.x_t.double(),
+            sample.timestep.double(),
+            batch.text.double(),
             clean_frames=sample.clean_frames,
-            clip=batch.clip,
-            condition=batch.condition,
+            clip=None if batch.clip is None else batch.clip.double(),
+            condition=None if batch.condition is None else batch.condition.double(),
         )
         # The specification's loss written out: mean over all elements of each video, its clean frames left
         # out.
