@@ -1,4 +1,4 @@
-"""The debug variants through `train_step` and DeepSpeed on 2 and 4 ranks: every ZeRO stage in every layout.
+"""The debug variants through `Trainer.step` and DeepSpeed on 2 and 4 ranks: every ZeRO stage in every layout.
 
 Part of `pytest -m grid`. Like tests/test_training.py, of which it is the rest: plain torch on one rank is the
 reference, Adam's first moment after three steps holds every parameter's gradient.
@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.grid, pytest.mark.timeout(3600)]
 # 3 x 3 x 5 = 45 tokens. An epsilon far above rounding: see megawan.parity.OPTIM.
 COMMON = (
     "--steps=3", "--seed=3", "--data.num_frames=9", "--data.prompt_dropout=0.3", "--optim.learning_rate=1e-2",
-    "--optim.warmup_steps=1", "--optim.grad_clip=0.05", "--optim.eps=1e-6",
+    "--optim.warmup_steps=1", "--optim.grad_clip=0.05", "--optim.eps=1e-5",
 )  # fmt: skip
 VARIANTS = {
     "debug": ("--model.variant=debug", "--data.height=48", "--data.width=80"),
@@ -86,7 +86,7 @@ def test_training_is_the_same_run(variant: str, world_size: int, tmp_path: Path)
         )
     figures = ("loss", "grad_norm", "gradient", "parameter")
     summary = {figure: max(row[figure] for row in rows) for figure in figures}
-    print(f"train_step {variant} world {world_size}: {len(rows)} cases, worst", json.dumps(summary))
+    print(f"step {variant} world {world_size}: {len(rows)} cases, worst", json.dumps(summary))
     assert [row for row in rows if not max(row[figure] for figure in figures) < 1e-5] == []
 
 
