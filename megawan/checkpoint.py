@@ -1,18 +1,18 @@
-"""Checkpoints that commit like a database: written aside, verified, then renamed; never half there.
+"""Checkpoints on disk: what a step folder holds, which one a run continues from, and reading them.
 
-A step folder holds one safetensors file a rank (no executable code) with that rank's fragments of the fp32
-masters and Adam moments, each with its place in the whole parameter, and a manifest with every file's size
-and sha256. Any world size, ZeRO stage or layout reads what any other wrote.
+megawan/saving.py writes them. A step folder holds one safetensors file a rank (no executable code) with that
+rank's fragments of the fp32 masters, of Adam's moments and of the moving average if there is one, each with
+its place in the whole parameter, and a manifest with every file's size and sha256. Any world size, ZeRO
+stage or layout reads what any other wrote.
 """
 
 import json
 import math
 import re
-import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, Literal, TypeGuard
 
 import torch
 import torch.distributed as torch_dist
@@ -20,13 +20,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megawan import dist
-from megawan.files import sha256, sync, write_json, write_tensors, write_text
+from megawan.changes import UNSAFE
+from megawan.files import sha256
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+EMA = "ema"
+Weights = Literal["master", "ema"]
 FORMAT = "megawan-checkpoint"
 VERSION = 1
 _STEP_FOLDER = re.compile(r"step_(\d{7,})")
-_UNFINISHED = re.compile(_STEP_FOLDER.pattern + r"(\.replaced)?\.tmp")
+UNFINISHED = re.compile(_STEP_FOLDER.pattern + r"(\.replaced)?\.tmp")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -36,11 +39,20 @@ class CheckpointOptions:
 
     save_every: int = 500
     """Save after every so many optimizer steps, and after the last one; 0 saves only after the last."""
+    save_minutes: float = 0.0
+    """Save also when so many minutes have passed since the last save; 0 does not look at the clock."""
+    background: bool = True
+    """Copy the states to host memory (12 bytes a parameter, over all ranks) and write them while training
+    goes on; without it training waits for the disk."""
     keep_last: int = 2
     """How many checkpoints stay: the one just saved and those before it. 0 keeps all."""
+    keep_every: int = 0
+    """Checkpoints of steps that this divides stay for good; 0 keeps none beyond keep_last."""
     resume: str = "auto"
     """auto: continue from the newest sound checkpoint of --output, else start; must: fail if there is none;
     none: start, and refuse a folder that has checkpoints; or the path of one step folder."""
+    allow_changes: tuple[str, ...] = ()
+    """What may differ from the run that wrote the checkpoint, of: data, global_batch, seed, flow, ema."""
 
 
 @dataclass(frozen=True)
@@ -60,62 +72,20 @@ class DamagedCheckpoint(ValueError):
 
 
 def check(options: CheckpointOptions) -> None:
-    """Raise ValueError for negative counts."""
-    for name, value in (("save_every", options.save_every), ("keep_last", options.keep_last)):
-        if value < 0:
-            raise ValueError(f"--checkpoint.{name} {value} must be 0 or more")
+    """Raise ValueError for negative counts and times."""
+    for name in ("save_every", "save_minutes", "keep_last", "keep_every"):
+        if not getattr(options, name) >= 0:
+            raise ValueError(f"--checkpoint.{name} {getattr(options, name)} must be 0 or more")
+    for name in options.allow_changes:
+        if name not in UNSAFE:
+            raise ValueError(f"--checkpoint.allow_changes {name!r} is none of {', '.join(UNSAFE)}")
 
 
 def step_folders(root: Path) -> list[Path]:
     """Return the committed step folders under `root`, newest first; temporary and foreign names are not
     counted."""
     found = [path for path in root.glob("step_*") if path.is_dir() and _STEP_FOLDER.fullmatch(path.name)]
-    return sorted(found, key=_step_of, reverse=True)
-
-
-def save(root: Path, step: int, pieces: Iterable[Fragment], state: Mapping[str, Any], keep_last: int) -> Path:
-    """Write `root`/step_N with all ranks together and return it; after an error nothing of it remains.
-
-    `state` is JSON: what else a resume needs, and what a person wants to know. Raises OSError on every rank
-    when any rank could not write. The order is: files, their digests, manifest, fsync, rename, `latest`.
-    """
-    final, aside = root / f"step_{step:07d}", root / f"step_{step:07d}.tmp"
-    rank = torch_dist.get_rank()
-    problem = ""
-    if dist.is_main():
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            _remove_unfinished(root)
-            aside.mkdir()
-        except OSError as error:
-            problem = str(error)
-    torch_dist.barrier()
-    digest, size = b"\0" * 32, 0
-    if not problem:
-        try:
-            digest, size = _write_rank_file(aside / _rank_file(rank), pieces)
-        except (OSError, SafetensorError) as error:
-            problem = str(error)
-    written = dist.all_succeeded(not problem)
-    entries = _share_entries(digest, size)
-    if written and dist.is_main():
-        try:
-            _commit(aside, final, _manifest(step, entries, state))
-        except OSError as error:
-            problem = str(error)
-    if not dist.all_succeeded(written and not problem):
-        if dist.is_main():
-            shutil.rmtree(aside, ignore_errors=True)
-        raise OSError(
-            f"checkpoint of step {step} was not saved: {problem or 'another rank could not write its part'}"
-        )
-    if dist.is_main() and keep_last:
-        # Later steps are there when this run was resumed from an older one: they are not this run's to
-        # delete, and must not push out what it has just saved.
-        passed = [folder for folder in step_folders(root) if _step_of(folder) <= step]
-        for old in passed[keep_last:]:
-            shutil.rmtree(old, ignore_errors=True)
-    return final
+    return sorted(found, key=step_of, reverse=True)
 
 
 def choose(root: Path, resume: str) -> Path | None:
@@ -198,7 +168,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not _is_count(step) or not _is_count(world) or not isinstance(files, dict):
         raise DamagedCheckpoint(f"{file}: step, world_size and files are not two numbers and a table")
     # Names are compared, never followed: one that leaves the folder is not one that `save` writes.
-    if not files or len(files) != world or any(_rank_file(rank) not in files for rank in range(len(files))):
+    if not files or len(files) != world or any(rank_file(rank) not in files for rank in range(len(files))):
         raise DamagedCheckpoint(f"{file}: files are not those of {world} ranks")
     for name, entry in files.items():
         if not (
@@ -212,18 +182,33 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 class StepWeights:
-    """The tensors of one step folder, whole or in part, read lazily; a TensorSource of the fp32 masters."""
+    """The tensors of one step folder, whole or in part, read lazily; a TensorSource of the fp32 masters, or
+    of their moving average."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, weights: Weights = "master") -> None:
+        """Raises DamagedCheckpoint; ValueError when an average is wanted and none was kept."""
         self.folder = folder
+        self._weights = weights
         self.manifest = read_manifest(folder)
         self.step = int(self.manifest["step"])
+        skipped = self.manifest.get("skipped_steps", 0)
+        self.skipped_steps: int = skipped if _is_count(skipped) and skipped <= self.step else 0
         self._places: dict[tuple[str, str], list[tuple[int, int, Path]]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._handles: dict[Path, Any] = {}
         for name in sorted(self.manifest["files"]):
             self._index(folder / name)
         self._require_whole()
+        if weights == EMA and not self.has_ema:
+            raise ValueError(f"{folder} keeps no moving average; it was trained without --ema.decay")
+
+    def require(self, shapes: Mapping[str, tuple[int, ...]], whose: str) -> None:
+        """Raise ValueError naming the first parameter that is not as in `shapes`, those of `whose`."""
+        for name in sorted(shapes.keys() | self._shapes.keys()):
+            if shapes.get(name) != self._shapes.get(name):
+                raise ValueError(
+                    f"{self.folder}: {name} is {self._shapes.get(name)}, {whose} has {shapes.get(name)}"
+                )
 
     def _opened(self, file: Path) -> Any:
         # Headers are parsed once a file, not once a tensor; the bytes are mapped, not read.
@@ -245,7 +230,7 @@ class StepWeights:
             raise DamagedCheckpoint(f"{file}: its table of fragments does not list its tensors")
         for tensor_name, entry in table.items():
             kind, _, name = tensor_name.partition("/")
-            if kind not in ("master", *MOMENTS) or not name or not _is_place(entry):
+            if kind not in ("master", *MOMENTS, EMA) or not name or not _is_place(entry):
                 raise DamagedCheckpoint(f"{file}: {tensor_name!r} has no legal place in a parameter")
             start, length, shape = entry[0], entry[1], tuple(entry[2])
             tensor = opened.get_slice(tensor_name)
@@ -258,8 +243,9 @@ class StepWeights:
     def _require_whole(self) -> None:
         """Raise unless the fragments of every parameter's master and moments tile it without gap or
         overlap."""
+        self.has_ema = any(kind == EMA for kind, _ in self._places)
         for name, shape in self._shapes.items():
-            for kind in ("master", *MOMENTS):
+            for kind in ("master", *MOMENTS, *([EMA] if self.has_ema else [])):
                 end = 0
                 for start, length, file in sorted(self._places.get((kind, name), [])):
                     if start != end and length:
@@ -286,13 +272,13 @@ class StepWeights:
         return torch.float32
 
     def load(self, key: str) -> Tensor:
-        """Return one whole master, float32 on the CPU."""
+        """Return one whole tensor, float32 on the CPU."""
         shape = self._shapes[key]
-        return self.load_range("master", key, 0, torch.Size(shape).numel()).view(shape)
+        return self.load_range(self._weights, key, 0, torch.Size(shape).numel()).view(shape)
 
     def load_part(self, key: str, start: int, length: int) -> Tensor:
-        """Return elements start .. start + length of one flattened master, float32 on the CPU."""
-        return self.load_range("master", key, start, length)
+        """Return elements start .. start + length of one flattened tensor, float32 on the CPU."""
+        return self.load_range(self._weights, key, start, length)
 
     def load_range(self, kind: str, name: str, start: int, length: int) -> Tensor:
         """Return elements start .. start + length of a flattened parameter's `kind`, float32 on the CPU.
@@ -345,77 +331,12 @@ def _is_place(entry: Any) -> bool:
     )
 
 
-def _write_rank_file(file: Path, pieces: Iterable[Fragment]) -> tuple[bytes, int]:
-    tensors: dict[str, Tensor] = {}
-    table: dict[str, tuple[int, int, tuple[int, ...]]] = {}
-    for piece in pieces:
-        key = f"{piece.kind}/{piece.name}"
-        # A copy: views of one flat buffer share storage, which safetensors refuses to save.
-        tensors[key] = piece.values.detach().to("cpu", torch.float32, copy=True).contiguous()
-        table[key] = (piece.start, piece.values.numel(), piece.shape)
-    write_tensors(file, tensors, {"fragments": json.dumps(table)})
-    return bytes.fromhex(sha256(file)), file.stat().st_size
-
-
-def _share_entries(digest: bytes, size: int) -> dict[str, dict[str, Any]]:
-    """Return name → bytes and sha256 of every rank's file, on every rank (tensors only: nothing is
-    pickled)."""
-    mine = torch.tensor(
-        list(digest + size.to_bytes(8, "little")), dtype=torch.uint8, device=dist.collective_device()
-    )
-    every = [torch.empty_like(mine) for _ in range(torch_dist.get_world_size())]
-    torch_dist.all_gather(every, mine)
-    rows = [bytes(row.cpu().tolist()) for row in every]
-    return {
-        _rank_file(rank): {"bytes": int.from_bytes(row[32:], "little"), "sha256": row[:32].hex()}
-        for rank, row in enumerate(rows)
-    }
-
-
-def _manifest(step: int, files: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "step": step,
-        "world_size": torch_dist.get_world_size(),
-        "files": dict(files),
-        **state,
-    }
-
-
-def _commit(aside: Path, final: Path, manifest: Mapping[str, Any]) -> None:
-    write_json(aside / "manifest.json", manifest)
-    sync(aside)
-    replaced = final.with_name(final.name + ".replaced.tmp")
-    if final.exists():
-        # Resume skipped it as damaged, or this step is saved a second time; it stays until the new one has
-        # its name.
-        shutil.rmtree(replaced, ignore_errors=True)
-        final.rename(replaced)
-    try:
-        aside.rename(final)
-        sync(final.parent)
-        write_text(final.parent / "latest", final.name + "\n")
-    except OSError:
-        if not aside.exists():
-            final.rename(aside)
-        if replaced.exists():
-            replaced.rename(final)
-        raise
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _remove_unfinished(root: Path) -> None:
-    """Free the disk of what killed saves left, of whatever step."""
-    for path in root.glob("step_*.tmp"):
-        if _UNFINISHED.fullmatch(path.name):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _rank_file(rank: int) -> str:
+def rank_file(rank: int) -> str:
+    """Return the name of a rank's file in a step folder."""
     return f"rank_{rank:05d}.safetensors"
 
 
-def _step_of(folder: Path) -> int:
+def step_of(folder: Path) -> int:
+    """Return the step that a step folder's name says."""
     match: Sequence[str] = _STEP_FOLDER.findall(folder.name)
     return int(match[0])

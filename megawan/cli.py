@@ -8,6 +8,7 @@ import re
 import sys
 import textwrap
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn, TypeVar
 
@@ -19,6 +20,10 @@ Options = TypeVar("Options")
 class UserError(Exception):
     """A mistake of the person at the keyboard. The message names what was given, what is legal and what to
     do."""
+
+
+class RunFailed(Exception):
+    """A run that cannot go on, through no mistake of a person; the message is what is known about it."""
 
 
 def parse(
@@ -112,8 +117,9 @@ def run(
     rank: int = 0,
     leave: Callable[[int], NoReturn] = sys.exit,
 ) -> NoReturn:
-    """Call `main(argv)` and exit: 0 when it returns, 2 with one line when it raises UserError, 130 on Ctrl-C,
-    141 when its reader went away.
+    """Call `main(argv)` and exit: 0 when it returns, 2 with one line when it raises UserError, 1 with one
+    line for RunFailed and with a traceback for anything unforeseen, 130 on Ctrl-C, 141 when its reader went
+    away.
 
     In a launched world all ranks find the same mistake and rank 0 says it. Another rank waits until the
     launcher ends it; one that is still there after 5 seconds found a mistake of its own, and says it.
@@ -127,10 +133,16 @@ def run(
             time.sleep(5)
         sys.stderr.write(f"{who}: error: {' '.join(str(error).split())}\n")
         leave(2)
+    except RunFailed as error:
+        sys.stderr.write(f"{prog} (rank {rank}): {' '.join(str(error).split())}\n")
+        leave(1)
     except KeyboardInterrupt:
         sys.stderr.write(f"{prog}: interrupted\n")
         leave(130)
     except BrokenPipeError:  # `... --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the last flush would say it again
         leave(141)
+    except Exception:
+        traceback.print_exc()
+        leave(1)
     leave(0)

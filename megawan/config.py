@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from megawan import cli
 from megawan.checkpoint import CheckpointOptions
+from megawan.ema import EmaOptions
 from megawan.flow.loss import FlowOptions
 from megawan.metrics import MetricsOptions
 from megawan.optim import OptimOptions
@@ -137,6 +138,7 @@ class TrainConfig:
     flow: FlowOptions = field(default_factory=FlowOptions)
     parallel: ParallelOptions = field(default_factory=ParallelOptions)
     optim: OptimOptions = field(default_factory=OptimOptions)
+    ema: EmaOptions = field(default_factory=EmaOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     metrics: MetricsOptions = field(default_factory=MetricsOptions)
 

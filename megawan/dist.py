@@ -4,19 +4,23 @@
 without them the process is a world of one.
 """
 
+import ctypes
 import datetime
 import hashlib
 import os
 import signal
 import socket
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import NoReturn
 
 import torch
 import torch.distributed as torch_dist
+
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,76 @@ def _whole_number(name: str, text: str) -> int:
             f"environment variable {name}={text!r} is not a whole number; the launcher must set it"
         )
     return int(text)
+
+
+def job_id(variables: Mapping[str, str] | None = None) -> str:
+    """Return the scheduler's number of this job, the same after a requeue; empty without a scheduler."""
+    return (os.environ if variables is None else variables).get("SLURM_JOB_ID", "")
+
+
+def end_with_launcher() -> None:
+    """Let the kernel kill this rank when its launcher dies, and Ctrl-C end it at once.
+
+    Nothing of a killed job stays on a GPU, not even a rank that is stopped. Does nothing in a process that
+    nothing launched.
+    """
+    if "LOCAL_RANK" not in os.environ or not sys.platform.startswith("linux"):
+        return
+    # Python's own handler would wait until a collective returns, which may be never.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    launcher = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != launcher:  # it died in between
+        leave(1)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A fault that a test asks for: MEGAWAN_FAULT=step:rank:kind[@moment], several with commas between.
+
+    Kinds: a signal's name (SIGKILL, SIGSTOP, ...), raise, hang, exit; at the moment "step" (the default) also
+    nan, spike and samples, which the loop itself brings about. Moments: step, write (of this rank's
+    checkpoint file), commit (rank 0, before the step folder gets its name). Restarted runs have none.
+    """
+
+    step: int
+    rank: int
+    kind: str
+    moment: str
+
+
+def faults(variables: Mapping[str, str] | None = None) -> list[Fault]:
+    """Return the faults that this process is asked to show; none outside of tests."""
+    variables = os.environ if variables is None else variables
+    restarts = (variables.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    if any(count != "0" for count in restarts):
+        return []
+    found = []
+    for text in filter(None, variables.get("MEGAWAN_FAULT", "").split(",")):
+        step, rank, what = text.split(":")
+        kind, _, moment = what.partition("@")
+        found.append(Fault(int(step), int(rank), kind, moment or "step"))
+    return found
+
+
+def strike(step: int, moment: str, asked: Sequence[Fault]) -> str:
+    """Bring about the fault asked for at this moment of this rank, if any; return the kind when it is the
+    caller's to bring about."""
+    rank = torch_dist.get_rank() if torch_dist.is_initialized() else 0
+    for fault in asked:
+        if (fault.step, fault.rank, fault.moment) != (step, rank, moment):
+            continue
+        if fault.kind.startswith("SIG"):
+            os.kill(os.getpid(), signal.Signals[fault.kind])
+        elif fault.kind == "raise":
+            raise RuntimeError(f"the fault that MEGAWAN_FAULT asks for at step {step}")
+        elif fault.kind == "hang":
+            time.sleep(1e6)
+        elif fault.kind == "exit":
+            os._exit(3)
+        else:
+            return fault.kind
+    return ""
 
 
 def pick_device(local_rank: int) -> torch.device:
@@ -150,10 +224,17 @@ def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
     return total / torch_dist.get_world_size()
 
 
-def all_succeeded(ok: bool) -> bool:
-    """Return True on every rank if `ok` is True on every rank, else False on every rank."""
-    flag = torch.tensor(int(ok), device=collective_device())
-    torch_dist.all_reduce(flag, op=torch_dist.ReduceOp.MIN)
+def host_group(timeout_s: float) -> torch_dist.ProcessGroup:
+    """Return a new gloo group of all ranks, for host tensors; collective. On GPUs it never waits for kernels,
+    and another thread may use it beside the default group."""
+    return torch_dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
+
+
+def all_succeeded(ok: bool, group: torch_dist.ProcessGroup | None = None) -> bool:
+    """Return True on every rank if `ok` is True on every rank, else False on every rank; `group` is one of
+    `host_group`."""
+    flag = torch.tensor(int(ok), device="cpu" if group else collective_device())
+    torch_dist.all_reduce(flag, op=torch_dist.ReduceOp.MIN, group=group)
     return bool(flag)
 
 
@@ -192,22 +273,17 @@ def require_agreement(what: str, text: str) -> None:
 
 
 class PreemptionWarning:
-    """A scheduler's warning that this job ends soon: SIGUSR1, which may reach one rank or all of them.
+    """A scheduler's warning that this job ends soon: SIGUSR1 or SIGTERM, which may reach one rank or all of
+    them.
 
-    Collective to create, on all ranks, after `initialize`. The signal is only remembered; the loop asks.
+    The signal is only remembered; the loop asks (megawan/agreement.py).
     """
 
-    def __init__(self, timeout_s: float) -> None:
-        self._seen = False
-        # A group on the host: asking must not wait for the kernels that a step left running on the GPU.
-        self._group = torch_dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
-        signal.signal(signal.SIGUSR1, self._remember)
-
-    def came(self) -> bool:
-        """Return True on every rank when any rank was warned; collective."""
-        flag = torch.tensor(int(self._seen))
-        torch_dist.all_reduce(flag, op=torch_dist.ReduceOp.MAX, group=self._group)
-        return bool(flag)
+    def __init__(self) -> None:
+        self.came = ""
+        """The name of the last signal that warned this rank, empty before."""
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        self._seen = True
+        self.came = signal.Signals(number).name

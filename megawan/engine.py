@@ -14,7 +14,8 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,7 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger as deepspeed_logger
-from deepspeed.utils import (
-    safe_get_local_fp32_param,
-    safe_get_local_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
-    set_z3_leaf_modules,
-)
+from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 from torch.utils.cpp_extension import get_default_build_root
 
@@ -151,12 +146,29 @@ def true_shapes(model: nn.Module) -> Shapes:
     }
 
 
-def optimizer_step(engine: deepspeed.DeepSpeedEngine, grad_clip: float) -> None:
-    """Update the weights at an accumulation boundary; at other micro-batches only count (DeepSpeed's
-    rule)."""
+def optimizer_step(engine: deepspeed.DeepSpeedEngine, grad_clip: float) -> bool:
+    """Update the weights at an accumulation boundary; at other micro-batches only count (DeepSpeed's rule).
+
+    Returns False when the update was skipped, on all ranks alike: the global gradient norm was not finite,
+    which one number on one rank is enough for. The learning rate moves on even so: it is a function of the
+    step.
+    """
+    skipped = int(engine.skipped_steps)
     if engine.zero_optimization_stage() == 0 and engine.is_gradient_accumulation_boundary():
-        engine._global_grad_norm = nn.utils.clip_grad_norm_(engine.module.parameters(), grad_clip)
+        norm = nn.utils.clip_grad_norm_(engine.module.parameters(), grad_clip)
+        engine._global_grad_norm = norm
+        if not torch.isfinite(
+            norm
+        ):  # DeepSpeed looks only with ZeRO; without gradients Adam leaves all as it is
+            engine.module.zero_grad(set_to_none=True)
+            engine.skipped_steps += 1
+        engine.step()
+        return int(engine.skipped_steps) == skipped
     engine.step()
+    if engine.skipped_steps == skipped:
+        return True
+    engine.lr_scheduler.step()
+    return False
 
 
 def grad_norm(engine: deepspeed.DeepSpeedEngine) -> float:
@@ -173,22 +185,20 @@ def load_weights(engine: deepspeed.DeepSpeedEngine, source: TensorSource, tick: 
     tensor. The names and shapes of `source` must have been checked against the model before.
     """
     stage = engine.zero_optimization_stage()
+    places, masters = _places(engine), master_buffers(engine)
     for name, parameter in engine.module.named_parameters():
+        place = places.get(name)
         if stage == 3:
-            start, size = _local_range(parameter)
-            part = source.load_part(name, start, size) if size else torch.empty(0)
-            padding = parameter.ds_tensor.numel() - size
-            part = nn.functional.pad(part.float(), (0, padding)) if padding else part.float()
-            part = part.to(parameter.ds_tensor.device)
-            safe_set_local_fp32_param(parameter, part)
-            parameter.ds_tensor.data.copy_(part)
+            parameter.ds_tensor.data.zero_()  # the last rank's padding
+            if place is not None:
+                part = source.load_part(name, place.start, place.size)
+                place.of(masters).copy_(part)
+                parameter.ds_tensor.data[: place.size].copy_(part)
         else:
             full = source.load(name).flatten()
             parameter.data.copy_(full.view(parameter.shape))
-            mapping = getattr(parameter, "_hp_mapping", None)
-            if mapping is not None:
-                held = mapping.lp_fragment_address
-                mapping.hp_fragment.copy_(full[held.start : held.start + held.numel])
+            if place is not None and stage:
+                place.of(masters).copy_(full[place.start : place.start + place.size])
         tick()
     if stage == 3:
         _refresh_resident(engine)
@@ -196,27 +206,16 @@ def load_weights(engine: deepspeed.DeepSpeedEngine, source: TensorSource, tick: 
 
 @torch.no_grad()
 def load_optimizer(engine: deepspeed.DeepSpeedEngine, saved: StepWeights, tick: Callable[[], None]) -> None:
-    """Fill Adam's moments and step count and the learning rate from a checkpoint of any world size, stage or
-    layout."""
-    stage = engine.zero_optimization_stage()
+    """Fill Adam's moments and step count, the learning rate and the count of skipped steps from a checkpoint
+    of any world size, stage or layout."""
     _create_states(engine)
-    for name, parameter in engine.module.named_parameters():
-        for kind in MOMENTS:
-            if stage == 3:
-                start, size = _local_range(parameter)
-                part = torch.zeros(parameter.ds_tensor.numel())
-                part[:size] = saved.load_range(kind, name, start, size)
-                safe_set_local_optimizer_state(parameter, part.to(parameter.ds_tensor.device), kind)
-            elif stage == 0:
-                full = saved.load_range(kind, name, 0, parameter.numel())
-                engine.optimizer.state[parameter][kind].copy_(full.view(parameter.shape))
-            elif getattr(parameter, "_hp_mapping", None) is not None:
-                held = parameter._hp_mapping.lp_fragment_address
-                _flat_moment(engine, parameter, kind).copy_(
-                    saved.load_range(kind, name, held.start, held.numel)
-                )
+    places = _places(engine)
+    for kind in MOMENTS:
+        load_buffers(engine, saved, kind, _moment_buffers(engine, kind))
+    for _ in places:
         tick()
-    _set_adam_step(engine, saved.step)
+    engine.skipped_steps = saved.skipped_steps
+    _set_adam_step(engine, saved.step - saved.skipped_steps)
     schedule = engine.lr_scheduler
     schedule.last_epoch = saved.step
     for group, base, factor in zip(
@@ -226,51 +225,95 @@ def load_optimizer(engine: deepspeed.DeepSpeedEngine, saved: StepWeights, tick: 
     schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
 
 
+@torch.no_grad()
+def load_buffers(
+    engine: deepspeed.DeepSpeedEngine, saved: StepWeights, kind: str, buffers: Sequence[Tensor]
+) -> None:
+    """Fill flat buffers that mirror `master_buffers` with this rank's share of a checkpoint's `kind`."""
+    for name, place in _places(engine).items():
+        place.of(buffers).copy_(saved.load_range(kind, name, place.start, place.size))
+
+
 def fragments(engine: deepspeed.DeepSpeedEngine) -> Iterator[Fragment]:
-    """Yield this rank's share of the fp32 masters and Adam moments; over all ranks every element appears
-    once."""
-    stage, rank = engine.zero_optimization_stage(), torch.distributed.get_rank()
-    for name, parameter in engine.module.named_parameters():
-        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+    """Yield this rank's share of the fp32 masters and Adam moments, as views; over all ranks every element
+    appears once."""
+    yield from cut(engine, "master", master_buffers(engine))
+    for kind in MOMENTS:
+        yield from cut(engine, kind, _moment_buffers(engine, kind))
+
+
+def cut(engine: deepspeed.DeepSpeedEngine, kind: str, buffers: Sequence[Tensor]) -> Iterator[Fragment]:
+    """Yield this rank's share of flat buffers that mirror `master_buffers`, parameter by parameter."""
+    if engine.zero_optimization_stage() == 0 and torch.distributed.get_rank():
+        return  # every rank holds the same whole states
+    shapes = true_shapes(engine.module)
+    for name, place in _places(engine).items():
+        yield Fragment(kind, name, shapes[name], place.start, place.of(buffers))
+
+
+def master_buffers(engine: deepspeed.DeepSpeedEngine) -> list[Tensor]:
+    """Return the flat fp32 tensors that this rank's optimizer steps, live: its shares, or at stage 0 the
+    parameters."""
+    stage = engine.zero_optimization_stage()
+    if stage == 3:
+        return list(engine.optimizer.fp32_partitioned_groups_flat)
+    if stage:
+        return list(engine.optimizer.single_partition_of_fp32_groups)
+    return [parameter.detach() for parameter in engine.module.parameters()]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where this rank's share of one parameter lies: elements start .. start + size of the parameter are
+    elements offset .. offset + size of flat buffer number `buffer`."""
+
+    buffer: int
+    offset: int
+    start: int
+    size: int
+
+    def of(self, buffers: Sequence[Tensor]) -> Tensor:
+        return buffers[self.buffer].flatten().narrow(0, self.offset, self.size)
+
+
+def _places(engine: deepspeed.DeepSpeedEngine) -> dict[str, _Place]:
+    """Return the place of every parameter of which this rank holds a part.
+
+    DeepSpeed's own getters give the same views at stage 3, but copy them to the GPU when the optimizer is
+    offloaded, and at stages 1 and 2 (0.19.8) fail for the moments of all groups but the first.
+    """
+    stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
+    found: dict[str, _Place] = {}
+    for index, (name, parameter) in enumerate(engine.module.named_parameters()):
         if stage == 3:
-            start, size = _local_range(parameter)
-            if size:
-                yield Fragment("master", name, shape, start, safe_get_local_fp32_param(parameter)[:size])
-                for kind in MOMENTS:
-                    yield Fragment(
-                        kind, name, shape, start, safe_get_local_optimizer_state(parameter, kind)[:size]
-                    )
+            share = parameter.ds_tensor.numel()
+            start = share * torch.distributed.get_rank(parameter.ds_process_group)
+            size = min(share, parameter.ds_numel - start)  # the padding of the last rank is left out
+            if size > 0:
+                group, offset, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
+                found[name] = _Place(group, offset, start, size)
         elif stage == 0:
-            if rank == 0:  # every rank holds the same whole states
-                yield Fragment("master", name, shape, 0, parameter.detach().flatten())
-                for kind in MOMENTS:
-                    yield Fragment(kind, name, shape, 0, engine.optimizer.state[parameter][kind].flatten())
+            found[name] = _Place(index, 0, 0, parameter.numel())
         elif getattr(parameter, "_hp_mapping", None) is not None:
             mapping = parameter._hp_mapping
-            start = mapping.lp_fragment_address.start
-            yield Fragment("master", name, shape, start, mapping.get_hp_fragment())
-            for kind in MOMENTS:
-                yield Fragment(kind, name, shape, start, _flat_moment(engine, parameter, kind))
+            held = mapping.get_hp_fragment_address()
+            found[name] = _Place(
+                mapping.param_group_index, held.start, mapping.lp_fragment_address.start, held.numel
+            )
+    return found
 
 
-def _flat_moment(engine: deepspeed.DeepSpeedEngine, parameter: Any, kind: str) -> Tensor:
-    """Return the view of one parameter's moment in this rank's flat partition, at stages 1 and 2.
-
-    DeepSpeed 0.19.8 links moments to parameters when the first of several groups has stepped, and so never
-    links the others: its own getter fails for them. The flat states themselves are where they should be.
-    """
-    mapping = parameter._hp_mapping
-    flat = engine.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
-    held = mapping.get_hp_fragment_address()
-    return engine.optimizer.optimizer.state[flat][kind].narrow(0, held.start, held.numel)
+def _moment_buffers(engine: deepspeed.DeepSpeedEngine, kind: str) -> list[Tensor]:
+    """Return the flat tensors of one Adam moment, one for each of `master_buffers`."""
+    tensors, optimizer = _stepped(engine)
+    return [optimizer.state[tensor][kind] for tensor in tensors]
 
 
-def _local_range(parameter: Any) -> tuple[int, int]:
-    """Return (start, size) of the elements a ZeRO-3 parameter keeps on this rank, the padding of the last
-    left out."""
-    share = parameter.ds_tensor.numel()
-    start = share * torch.distributed.get_rank(parameter.ds_process_group)
-    return start, max(0, min(share, parameter.ds_numel - start))
+def _stepped(engine: deepspeed.DeepSpeedEngine) -> tuple[list[Tensor], Any]:
+    """Return the tensors that torch's optimizer steps, as it knows them, and that optimizer."""
+    if engine.zero_optimization_stage() == 0:
+        return list(engine.module.parameters()), engine.optimizer
+    return master_buffers(engine), engine.optimizer.optimizer
 
 
 def _refresh_resident(engine: deepspeed.DeepSpeedEngine) -> None:
@@ -284,13 +327,7 @@ def _refresh_resident(engine: deepspeed.DeepSpeedEngine) -> None:
 
 def _create_states(engine: deepspeed.DeepSpeedEngine) -> None:
     """Make Adam's states as its first step would, so that a checkpoint can fill them before it."""
-    stage = engine.zero_optimization_stage()
-    if stage == 3:
-        tensors, optimizer = engine.optimizer.fp32_partitioned_groups_flat, engine.optimizer.optimizer
-    elif stage:
-        tensors, optimizer = engine.optimizer.single_partition_of_fp32_groups, engine.optimizer.optimizer
-    else:
-        tensors, optimizer = list(engine.module.parameters()), engine.optimizer
+    tensors, optimizer = _stepped(engine)
     for tensor in tensors:
         for kind in MOMENTS:
             optimizer.state[tensor].setdefault(kind, torch.zeros_like(tensor))
@@ -298,6 +335,6 @@ def _create_states(engine: deepspeed.DeepSpeedEngine) -> None:
 
 
 def _set_adam_step(engine: deepspeed.DeepSpeedEngine, step: int) -> None:
-    optimizer = engine.optimizer if engine.zero_optimization_stage() == 0 else engine.optimizer.optimizer
+    _, optimizer = _stepped(engine)
     for state in optimizer.state.values():
         state["step"].fill_(step)

@@ -4,11 +4,19 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+import torch
 from torch import Tensor
+
+_BLOCK = 2**24
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+    torch.bool: "BOOL",
+}  # fmt: skip
 
 
 def write_json(path: Path, value: Any, *, sort_keys: bool = False) -> None:
@@ -19,18 +27,47 @@ def write_json(path: Path, value: Any, *, sort_keys: bool = False) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a small text file; readers see the old file or the whole new one."""
     aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text, encoding="utf-8")
-    _rename(aside, path)
+    try:
+        aside.write_text(text, encoding="utf-8")
+        _rename(aside, path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file; readers see the old file or the whole new one."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Write a safetensors file of CPU tensors and return its SHA-256 in hexadecimal; readers see the old file
+    or the whole new one.
+
+    Not the library's save_file: that copies every tensor once more before it writes, and its file would have
+    to be read again for the digest. Here the bytes go from the tensors to the disk, and are hashed meanwhile.
+    """
+    # Larger elements first: every tensor lies at a multiple of its element's size.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name in names:
+        start, end = end, end + tensors[name].numel() * tensors[name].element_size()
+        shape, dtype = list(tensors[name].shape), _DTYPES[tensors[name].dtype]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
     aside = path.with_name(path.name + ".tmp")
-    aside.touch()
-    mode = aside.stat().st_mode  # the umask's; safetensors would leave a file that only its owner can read
-    save_file(dict(tensors), aside, metadata=dict(metadata))
-    aside.chmod(mode)
+    digest = hashlib.sha256()
+    with aside.open("wb") as file, ThreadPoolExecutor(max_workers=1) as hashing:
+        done = hashing.submit(digest.update, len(text).to_bytes(8, "little") + text)
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            content = tensors[name].contiguous().flatten().view(torch.uint8).numpy().data
+            for place in range(0, len(content), _BLOCK):
+                # hashlib and write both let other threads run.
+                block = content[place : place + _BLOCK]
+                done.result()
+                done = hashing.submit(digest.update, block)
+                file.write(block)
+        done.result()
     _rename(aside, path)
+    return digest.hexdigest()
 
 
 def sync(path: Path) -> None:

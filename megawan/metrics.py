@@ -1,5 +1,6 @@
 """What a run says of itself: the progress line, TensorBoard events, and the meters behind both."""
 
+import hashlib
 import platform
 import resource
 import sys
@@ -43,12 +44,13 @@ class LossMeter:
 
     def add(self, loss: Tensor, per_sample: Tensor, sigma: Tensor) -> None:
         """Add one micro-batch: its scalar weighted loss, unweighted mse [B] and sigma [B], of this rank's
-        tokens."""
-        self._sums[0] += loss.detach()
-        self._sums[1] += 1
+        tokens. What is no finite number is left out: it would hide all other steps of the interval."""
+        loss, per_sample = loss.detach(), per_sample.detach().to(self._sums.dtype)
+        self._sums[0] += loss.nan_to_num(0.0, 0.0, 0.0)
+        self._sums[1] += loss.isfinite()
         bins = (sigma * SIGMA_BINS).long().clamp_(0, SIGMA_BINS - 1)
-        self._sums[2 : 2 + SIGMA_BINS].index_add_(0, bins, per_sample.detach().to(self._sums.dtype))
-        self._sums[2 + SIGMA_BINS :].index_add_(0, bins, torch.ones_like(sigma, dtype=self._sums.dtype))
+        self._sums[2 : 2 + SIGMA_BINS].index_add_(0, bins, per_sample.nan_to_num(0.0, 0.0, 0.0))
+        self._sums[2 + SIGMA_BINS :].index_add_(0, bins, per_sample.isfinite().to(self._sums.dtype))
 
     def read(self) -> tuple[float, dict[int, float]]:
         """Return the mean loss and the mean of every sigma bin that was hit, over all ranks, and start anew.
@@ -113,16 +115,20 @@ class RunLog:
             except OSError as error:
                 self._give_up(error)
 
-    def step(self, step: int, scalars: dict[str, float], seconds_per_step: float) -> None:
-        """Write one point of every curve and the progress line."""
-        if not dist.is_main():
-            return
+    def scalars(self, step: int, scalars: dict[str, float]) -> None:
+        """Write one point of these curves."""
         if self._writer is not None:
             try:
                 for tag, value in scalars.items():
                     self._writer.add_scalar(tag, value, step)
             except OSError as error:
                 self._give_up(error)
+
+    def step(self, step: int, scalars: dict[str, float], seconds_per_step: float) -> None:
+        """Write one point of every curve and the progress line."""
+        if not dist.is_main():
+            return
+        self.scalars(step, scalars)
         line = (
             f"loss {scalars['train/loss']:.4f} | lr {scalars['train/lr']:.2e}"
             f" | grad_norm {scalars['train/grad_norm']:.3f}"
@@ -165,16 +171,26 @@ def peak_memory(device: torch.device) -> dict[str, float]:
     return {"mem/peak_host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
 
 
-def describe_environment() -> dict[str, Any]:
-    """Return versions and hardware for env.json; nothing of the shell's environment, which may hold
-    secrets."""
-
-    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+def software() -> dict[str, Any]:
+    """Return what must be the same on all nodes: versions, and a digest of this package's source."""
+    package, digest = Path(__file__).resolve().parent, hashlib.blake2b(digest_size=8)
+    for file in sorted(package.rglob("*.py")):
+        digest.update(str(file.relative_to(package)).encode() + file.read_bytes())
     return {
+        "code": digest.hexdigest(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "deepspeed": metadata.version("deepspeed"),
+    }
+
+
+def describe_environment() -> dict[str, Any]:
+    """Return versions and hardware for env.json; nothing of the shell's environment, which may hold
+    secrets."""
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        **software(),
         "host": platform.node(),
         "gpus": names,
     }

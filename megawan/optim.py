@@ -36,10 +36,20 @@ class OptimOptions:
     grad_clip: float = 1.0
     """Largest global gradient norm; larger gradients are scaled down to it. Must be above 0; inf only
     measures."""
+    max_loss: float = math.inf
+    """A video's loss above this (or not a number) keeps its step from updating any weight; inf lets only
+    what is not finite do so."""
+    max_skipped: int = 10
+    """Steps in a row without an update after which the run ends."""
 
 
 def check(options: OptimOptions, steps: int) -> None:
     """Raise ValueError for a value that would silently train something else than asked."""
+    if not options.max_loss > 0 or options.max_skipped < 1:
+        raise ValueError(
+            f"--optim.max_loss {options.max_loss} must be above 0,"
+            f" --optim.max_skipped {options.max_skipped} 1 or more"
+        )
     if not 0 < options.learning_rate < math.inf:
         raise ValueError(f"--optim.learning_rate {options.learning_rate} must be above 0 and finite")
     if not 0 <= options.warmup_steps <= steps:

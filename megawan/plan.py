@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from megawan import checkpoint, cost, ds_config, metrics, optim
+from megawan import checkpoint, cost, ds_config, ema, metrics, optim
 from megawan.cli import UserError
 from megawan.config import TrainConfig
 from megawan.data.latents import LatentStore
@@ -69,6 +69,11 @@ class Plan:
     def global_batch(self) -> int:
         """Videos of one optimizer step, over the whole world."""
         return self.config.micro_batch * self.config.accumulation * self.topology.dp_size
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """What one checkpoint takes on the disk: fp32 master, two moments, and the moving average if kept."""
+        return (16 if self.config.ema.decay else 12) * cost.parameters(model_shape(self.variant.config))
 
     def describe(self) -> list[str]:
         """Return the start-up lines: what trains, on what, how it is laid out, what it costs."""
@@ -185,6 +190,7 @@ def _resolve(config: TrainConfig, place: Environment) -> Plan:
         steps = -(-config.epochs * len(data) // (config.micro_batch * config.accumulation * topology.dp_size))
     optim.check(config.optim, steps)
     checkpoint.check(config.checkpoint)
+    ema.check(config.ema)
     metrics.check(config.metrics)
     if not 0 <= config.data.prompt_dropout <= 1:
         raise ValueError(f"--data.prompt_dropout {config.data.prompt_dropout} must lie between 0 and 1")

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megawan.checkpoint import StepWeights, step_folders
+from megawan.checkpoint import StepWeights, Weights, step_folders
 from megawan.flow.solver import euler_sample, guided
 from megawan.models.initial import InitialWeights
 from megawan.models.keys import expected_shapes
@@ -16,7 +16,7 @@ from megawan.models.wan import WanModel
 from megawan.rng import generator_at
 
 
-def open_model_weights(path: Path) -> tuple[TensorSource, WanConfig, str]:
+def open_model_weights(path: Path, weights: Weights = "master") -> tuple[TensorSource, WanConfig, str]:
     """Return tensors, architecture and variant name of a training checkpoint (step or run folder) or of any
     weights.
 
@@ -25,15 +25,9 @@ def open_model_weights(path: Path) -> tuple[TensorSource, WanConfig, str]:
     """
     step_folder = find_step_folder(path)
     if step_folder is not None:
-        saved = StepWeights(step_folder)
+        saved = StepWeights(step_folder, weights)
         variant = get_variant(str(saved.manifest.get("variant")))
-        theirs = {name: saved.shape(name) for name in saved.keys()}
-        wanted = expected_shapes(variant.config)
-        for name in sorted(wanted.keys() | theirs.keys()):
-            if wanted.get(name) != theirs.get(name):
-                raise ValueError(
-                    f"{step_folder}: {name} is {theirs.get(name)}, {variant.name} has {wanted.get(name)}"
-                )
+        saved.require(expected_shapes(variant.config), variant.name)
         return saved, variant.config, variant.name
     opened = open_weights(path)
     return opened, opened.config, opened.variants[0]

@@ -4,41 +4,46 @@
     torchrun --nproc_per_node 2 megawan/train.py --parallel.ulysses_degree 2
     python -m megawan.train --dry-run
 
-Reads top-down: parse, plan, join the group, build, fill, loop.
+Reads top-down: parse, plan, join the group, take the run folder, build, fill, loop.
 """
 
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 if sys.path and os.path.abspath(sys.path[0]) == os.path.dirname(os.path.abspath(__file__)):
     # Started as a script: Python put megawan/ itself first, where our module names would shadow others'.
     sys.path[0] = os.path.dirname(sys.path[0])
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from megawan import checkpoint, cli, config, dist
-from megawan.data.batch import Batch
-from megawan.data.loader import make_loader
+from megawan.agreement import StepAgreement, describe_samples
+from megawan.changes import changes, refused
+from megawan.faults import broken
 from megawan.files import write_json
-from megawan.flow.loss import flow_loss
-from megawan.metrics import Clock, LossMeter, RunLog, describe_environment, peak_memory
-from megawan.models.attention import select_attention
-from megawan.models.wan import LEAF_MODULES, WanModel, patchify, token_grid
-from megawan.parallel.context import ContextParallel
+from megawan.metrics import Clock, LossMeter, RunLog, describe_environment, peak_memory, software
 from megawan.plan import Plan, make_plan, open_start, require_inputs, run_folder
+from megawan.run_folder import USED, RunFolder
+from megawan.saving import Saver
+from megawan.watch import Watch
+
+if TYPE_CHECKING:  # imports DeepSpeed, seconds that --help and --dry-run do not need
+    from megawan.trainer import Trainer
 
 PROG = "megawan/train.py"
+FAILED_SAVES = 3
+"""Saves in a row that may fail before the run ends: work that cannot be kept is not worth its GPUs."""
 
 
 def main(argv: Sequence[str]) -> None:
     """Train as `argv` says. Raises cli.UserError before any process group exists when something does not
     fit."""
+    dist.end_with_launcher()
     options = config.parse(argv, prog=PROG, description=(__doc__ or "").split("\n\n")[0])
     try:
         place = dist.environment()
@@ -60,82 +65,91 @@ def main(argv: Sequence[str]) -> None:
 
 
 def run(plan: Plan, device: torch.device) -> None:
-    """Build, fill and train; every rank of the world calls it together."""
-    from megawan import engine as engines  # imports DeepSpeed, seconds that --help and --dry-run do not need
-
+    """Take the run folder, build, fill and train; every rank of the world calls it together."""
     options = plan.config
-    folder = Path(dist.share_text(str(run_folder(options))))
+    path = Path(dist.share_text(str(run_folder(options))))
     for line in plan.describe():
         dist.say(line)
+    dist.require_agreement("software", str(software()))
     dist.require_agreement("configuration", str(config.to_dict(options)))
     dist.require_agreement("recompute policy", plan.recompute)  # auto looks at this rank's own GPU
-    warning = dist.PreemptionWarning(options.dist_timeout)
-    resume_from = choose_start(folder, options)
-
-    context = ContextParallel.create(plan.topology, torch.distributed.get_rank(), options.dist_timeout)
-    kernel = select_attention(
-        options.model.attention,
-        device.type,
-        torch.bfloat16 if plan.deepspeed.precision == "bf16" else torch.float32,
-        head_dim=plan.variant.config.dim // plan.variant.config.num_heads,
-        need_lse=plan.need_lse,
-    )
-    dist.say(f"attention: {kernel.describe()}")
+    warning = dist.PreemptionWarning()
+    folder = RunFolder(path)
     try:
-        model = engines.build_model(
-            lambda: WanModel(
-                plan.variant.config,
-                attention=kernel,
-                recompute=plan.recompute,
-                offload=plan.offload,
-                compiled=options.model.compile,
-            ),
-            plan.deepspeed,
-            device,
-        )
-    except engines.ExtensionError as error:
+        resume_from = checkpoint.choose(path / "checkpoints", options.checkpoint.resume)
+        folder.claim(plan.checkpoint_bytes, dist.job_id())
+    except ValueError as error:
         raise cli.UserError(str(error)) from None
-    engine = engines.initialize(model, LEAF_MODULES, plan.deepspeed, options.optim, plan.steps)
-    start = fill(engine, engines, plan, resume_from)
-    if start >= plan.steps:
-        dist.say(f"nothing to do: {folder} stands at step {start} of {plan.steps}; raise --steps to go on")
-        return
-    write_run_files(folder, options)
+    watch = Watch(path, options.dist_timeout)
+    try:
+        from megawan.engine import ExtensionError
+        from megawan.trainer import Trainer
 
-    batches = make_batches(plan, start)
-    loop(engine, engines, plan, context, batches, start, folder, device, warning)
+        try:
+            trainer = Trainer(plan, device)
+        except ExtensionError as error:
+            raise cli.UserError(str(error)) from None
+        dist.say(f"attention: {trainer.kernel.describe()}")
+        start = fill(trainer, resume_from)
+        if start >= plan.steps:
+            dist.say(f"nothing to do: {path} stands at step {start} of {plan.steps}; raise --steps to go on")
+            return
+        write_run_files(path, options)
+        loop(trainer, start, path, warning, watch)
+    except (cli.UserError, cli.RunFailed):
+        raise
+    except Exception as error:
+        raise watch.explain(error) from None
+    finally:
+        watch.close()
+        folder.release()
 
 
-def loop(
-    engine: Any,
-    engines: Any,
-    plan: Plan,
-    context: ContextParallel,
-    batches: Iterator[list[Batch]],
-    start: int,
-    folder: Path,
-    device: torch.device,
-    warning: dist.PreemptionWarning,
-) -> None:
-    """Take the steps from `start` to the end: train, log every n, save every n and when the job is warned."""
+def loop(trainer: "Trainer", start: int, folder: Path, warning: dist.PreemptionWarning, watch: Watch) -> None:
+    """Take the steps from `start` to the end: train, log every n, save every n and when anybody asks."""
+    from megawan.skipped import SkippedSteps
+
+    plan, device = trainer.plan, trainer.device
     options, meter, clock = plan.config, LossMeter(device), Clock()
     log = RunLog(folder, options.metrics, start, plan.steps)
     log.text("config", "\n".join(f"    {line}" for line in plan.describe()), start)
-    tokens, logged = 0, start
+    saver = Saver(folder / "checkpoints", options.checkpoint, options.dist_timeout)
+    agreement = StepAgreement(
+        folder,
+        options.checkpoint.save_minutes,
+        warning,
+        trainer.dp_rank,
+        plan.topology.dp_size,
+        options.dist_timeout,
+    )
+    skipped = SkippedSteps(folder, plan, options.optim.max_skipped)
+    batches, faults = trainer.batches(start), dist.faults()
+    tokens, logged, failed_saves = 0, start, 0
     for step in range(start + 1, plan.steps + 1):
+        watch.at(step, "data")
         waiting = time.perf_counter()
-        micro_batches = [batch.to(device) for batch in next(batches)]
+        micro_batches = broken(dist.strike(step, "step", faults), next(batches))
         clock.add_wait(time.perf_counter() - waiting)
-        tokens += train_step(engine, engines, plan, context, micro_batches, meter) * plan.topology.dp_size
-        last = warning.came() or step == plan.steps
+        samples = describe_samples(micro_batches)
+        watch.at(step, "agreement", samples)
+        request = agreement.ask(samples)
+        watch.at(step, "forward and backward", samples)
+        taken = trainer.step([batch.to(device) for batch in micro_batches], meter)
+        tokens += taken.tokens * plan.topology.dp_size
+        watch.at(step, "log", samples)
+        if not taken.updated:
+            skipped.add(step, taken, trainer.grad_norm)
+        else:
+            skipped.clear()
+        last = request.quit or step == plan.steps
         if last or step % options.metrics.log_every == 0:
             loss, by_sigma = meter.read()
             seconds, waited = clock.read()
             scalars = {
                 "train/loss": loss,
-                "train/lr": engine.get_lr()[0],
-                "train/grad_norm": engines.grad_norm(engine),
-                "train/skipped_steps": float(engine.skipped_steps),
+                "train/lr": trainer.engine.get_lr()[0],
+                "train/grad_norm": trainer.grad_norm,
+                "train/skipped_steps": float(trainer.skipped_steps),
                 "perf/step_time": seconds / (step - logged),
                 "perf/tokens_per_s": tokens / seconds,
                 "perf/data_wait": waited / seconds,
@@ -144,150 +158,88 @@ def loop(
             }
             log.step(step, scalars, seconds / (step - logged))
             tokens, logged = 0, step
-        if last or (options.checkpoint.save_every and step % options.checkpoint.save_every == 0):
-            saved = save(engine, engines, plan, folder, step)
-            dist.say(f"saved {saved}")
+        due = options.checkpoint.save_every and step % options.checkpoint.save_every == 0
+        if last or due or request.reason:
+            watch.at(step, "save", samples)
+            if request.reason:
+                dist.say(f"saving step {step}: {request.reason}")
+            saver.finish()
+            failed_saves = report_saves(saver, log, step, failed_saves)
+            if failed_saves >= FAILED_SAVES:
+                raise cli.RunFailed(f"{failed_saves} checkpoints in a row could not be saved; see above")
+            saver.start(step, trainer.fragments(), trainer.state())
+            agreement.saved()
+        failed_saves = report_saves(saver, log, step, failed_saves)
         if last:
             break
+    watch.at(step, "end")
+    saver.finish()
+    failed_saves = report_saves(saver, log, step, failed_saves)
     log.close()
+    if failed_saves:
+        raise cli.RunFailed(f"step {step} is trained but not saved; see above")
     if step < plan.steps:
-        dist.say(f"warned by SIGUSR1 at step {step} of {plan.steps}; the same command goes on from here")
+        dist.say(f"{request.reason} at step {step} of {plan.steps}; the same command goes on from here")
     else:
         dist.say(f"finished {plan.steps} steps; curves: tensorboard --logdir {folder / 'tensorboard'}")
 
 
-def make_batches(plan: Plan, start: int) -> Iterator[list[Batch]]:
-    """Return the micro-batches of every step after `start`, as this rank's data-parallel group takes them."""
-    options = plan.config
-    return make_loader(
-        plan.data,
-        seed=options.seed,
-        micro_batch=options.micro_batch,
-        accumulation=options.accumulation,
-        dp_rank=plan.topology.coordinates(torch.distributed.get_rank())[0],
-        dp_size=plan.topology.dp_size,
-        text_len=plan.variant.config.text_len,
-        prompt_dropout=options.data.prompt_dropout,
-        start_step=start,
-        workers=options.data.workers,
-    )
-
-
-def train_step(
-    engine: Any,
-    engines: Any,
-    plan: Plan,
-    context: ContextParallel,
-    micro_batches: Sequence[Batch],
-    meter: LossMeter,
-) -> int:
-    """Take one optimizer step over `micro_batches` and return how many tokens this data-parallel rank trained
-    on.
-
-    The specification's §2, one t per sample: draw sigma and noise, noise the latents, predict the velocity,
-    weighted MSE. All ranks of a context-parallel group draw the same and each takes the loss of its own
-    tokens.
-    """
-    tokens, patch = 0, plan.variant.config.patch_size
-    for batch in micro_batches:
-        sample = plan.flow.sample(
-            batch.latents,
-            seed=plan.config.seed,
-            sample_ids=batch.sample_ids,
-            epochs=batch.epochs,
-            clean_frames=plan.clean_frames,
+def report_saves(saver: Saver, log: RunLog, step: int, failed: int) -> int:
+    """Say how the saves went that have ended; return how many in a row failed by now, `failed` before."""
+    for saved in saver.ended():
+        failed = failed + 1 if saved.problem else 0
+        dist.say(saved.describe())
+        log.scalars(
+            step,
+            {
+                "save/copy_s": saved.copy_seconds,
+                "save/write_s": saved.write_seconds,
+                "save/failed": float(failed),
+            },
         )
-        pred = engine(
-            sample.x_t,
-            sample.timestep,
-            batch.text,
-            context=context,
-            clean_frames=sample.clean_frames,
-            clip=batch.clip,
-            condition=batch.condition,
-        )
-        valid, valid_tokens = loss_tokens(batch.latents, patch, sample.clean_frames, context)
-        target = context.shard(patchify(sample.target, patch))
-        result = flow_loss(
-            pred, target, sample.weight, valid=valid, valid_tokens=valid_tokens, cp_size=context.size
-        )
-        engine.backward(result.loss)
-        engines.optimizer_step(engine, plan.config.optim.grad_clip)
-        meter.add(result.loss, result.per_sample, sample.sigma)
-        tokens += batch.latents.shape[0] * valid_tokens
-    return tokens
+    return failed
 
 
-def loss_tokens(
-    latents: Tensor, patch: tuple[int, int, int], clean_frames: int, context: ContextParallel
-) -> tuple[Tensor, int]:
-    """Return which of this rank's tokens carry loss, bool [L/cp], and how many of the whole video do.
-
-    Padding at the global end carries none, nor do the tokens of clean leading latent frames.
-    """
-    frames, height, width = token_grid(tuple(latents.shape[1:]), patch)
-    length, skipped = frames * height * width, clean_frames * height * width
-    here = context.local_length(length)
-    place = torch.arange(here, device=latents.device) + context.rank * here
-    return (place >= skipped) & (place < length), length - skipped
-
-
-def fill(engine: Any, engines: Any, plan: Plan, resume_from: Path | None) -> int:
-    """Fill the engine with a checkpoint, given weights or random ones; return the step that this stands
+def fill(trainer: "Trainer", resume_from: Path | None) -> int:
+    """Fill the trainer with a checkpoint, given weights or random ones; return the step that this stands
     at."""
-    if resume_from is not None:
-        saved = checkpoint.StepWeights(resume_from)
-        require_same_parameters(engines.true_shapes(engine.module), saved, resume_from)
-        with progress("resume", 2 * len(saved.keys())) as bar:
-            engines.load_weights(engine, saved, bar.update)
-            engines.load_optimizer(engine, saved, bar.update)
-        dist.say(f"resumed {resume_from}, written by {saved.manifest['world_size']} ranks")
-        return saved.step
+    plan = trainer.plan
     try:
+        if resume_from is not None:
+            saved = checkpoint.StepWeights(resume_from)
+            say_changes(saved, trainer)
+            with progress("resume", 2 * len(saved.keys())) as bar:
+                trainer.resume(saved, bar.update)
+            dist.say(f"resumed {resume_from}, written by {saved.manifest['world_size']} ranks")
+            return saved.step
         source = open_start(plan.config, plan.variant)
         with progress("weights", len(source.keys())) as bar:
-            engines.load_weights(engine, source, bar.update)
-    except (ValueError, OSError) as error:  # they were whole when the plan was made
+            trainer.start(source, bar.update)
+    except (ValueError, OSError) as error:  # weights were whole when the plan was made
         raise cli.UserError(str(error)) from None
     return 0
 
 
-def require_same_parameters(
-    model: dict[str, tuple[int, ...]], saved: checkpoint.StepWeights, folder: Path
-) -> None:
-    """Raise ValueError naming the first parameter that a checkpoint lacks, adds or has in another shape."""
-    theirs = {key: saved.shape(key) for key in saved.keys()}
-    for name in sorted(model.keys() | theirs.keys()):
-        if model.get(name) != theirs.get(name):
-            raise cli.UserError(f"{folder}: {name} is {theirs.get(name)}, the model has {model.get(name)}")
-
-
-def choose_start(folder: Path, options: config.TrainConfig) -> Path | None:
-    """Return the checkpoint to resume, None for a new run; the same on all ranks."""
-    try:
-        return checkpoint.choose(folder / "checkpoints", options.checkpoint.resume)
-    except ValueError as error:
-        raise cli.UserError(str(error)) from None
-
-
-def save(engine: Any, engines: Any, plan: Plan, folder: Path, step: int) -> Path:
-    """Commit a checkpoint of this step, all ranks together."""
-    state = {
-        "variant": plan.config.model.variant,
-        "model": config.to_dict(plan.variant.config),
-        "config": config.to_dict(plan.config),
-        "data": plan.data.fingerprint,
-        "global_batch": plan.global_batch,
-    }
-    pieces = engines.fragments(engine)
-    return checkpoint.save(folder / "checkpoints", step, pieces, state, plan.config.checkpoint.keep_last)
+def say_changes(saved: checkpoint.StepWeights, trainer: "Trainer") -> None:
+    """Say what differs from the run that wrote a checkpoint. Raises ValueError for what makes it another
+    experiment and was not allowed by name."""
+    found = changes(saved.manifest, trainer.state(), had_ema=saved.has_ema)
+    for name, (then, now) in found.items():
+        dist.say(f"changed since step {saved.step}: {name} was {then}, is {now}")
+    not_allowed = refused(found, trainer.plan.config.checkpoint.allow_changes)
+    if not_allowed:
+        differences = "; ".join(f"{name} was {then}, is {now}" for name, (then, now) in found.items())
+        raise ValueError(
+            f"{saved.folder} was trained with another {', '.join(not_allowed)} ({differences}); go back,"
+            f" allow it by --checkpoint.allow_changes {' '.join(not_allowed)}, or begin a new run from its"
+            " weights: --model.init_from an export, another --output"
+        )
 
 
 def write_run_files(folder: Path, options: config.TrainConfig) -> None:
     """Write what ran and where beside the curves, on rank 0."""
     if dist.is_main():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "config.json", config.to_dict(options))
+        write_json(folder / USED, config.to_dict(options))
         write_json(folder / "env.json", describe_environment())
 
 

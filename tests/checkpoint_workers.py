@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from megawan import checkpoint, dist
-from megawan.checkpoint import MOMENTS, Fragment
+from megawan import checkpoint, dist, saving
+from megawan.checkpoint import MOMENTS, CheckpointOptions, Fragment
 from megawan.rng import generator_at
 
 # 1 element, odd numbers of elements, more dimensions, none at all.
@@ -42,8 +42,12 @@ def save(root: Path, step: int, keep_last: int = 0, salt: int = 0) -> str:
     place = dist.environment()
     try:
         return str(
-            checkpoint.save(
-                root, step, pieces(place.rank, place.world_size, salt), {"variant": "debug"}, keep_last
+            saving.save(
+                root,
+                step,
+                pieces(place.rank, place.world_size, salt),
+                {"variant": "debug"},
+                CheckpointOptions(keep_last=keep_last),
             )
         )
     except OSError as error:

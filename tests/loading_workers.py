@@ -130,10 +130,11 @@ def compare(engine: Any, engines: Any, wan: WanConfig, stage: int, dtype: Any) -
             expected = stored(piece.name)[piece.start : piece.start + len(piece.values)].float()
             if not torch.equal(piece.values, expected):
                 wrong.append(f"master of {piece.name}")
+    places = engines._places(engine)
     for name, parameter in engine.module.named_parameters():
         expected, held = stored(name).bfloat16(), parameter.data.flatten()
         if stage == 3:
-            start, size = engines._local_range(parameter)
+            start, size = (places[name].start, places[name].size) if name in places else (0, 0)
             expected, held = expected[start : start + size], parameter.ds_tensor[:size]
         if not torch.equal(held, expected):
             wrong.append(f"weight of {name}")

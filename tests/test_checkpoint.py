@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from megawan import checkpoint
+from megawan import checkpoint, saving
 from megawan.checkpoint import MOMENTS, CheckpointOptions, DamagedCheckpoint, Fragment, StepWeights
 from tests.checkpoint_workers import SHAPES, flip, pieces, whole
 from tests.dist_workers import world_of_one
 from tests.distributed import run_distributed
+
+KEEP_ALL = CheckpointOptions(keep_last=0)
 
 KINDS = ("master", *MOMENTS)
 
@@ -138,7 +140,7 @@ def test_one_rank_writes_what_two_ranks_write(seen: list[dict[str, Any]], base: 
 def sound(tmp_path: Path, alone: None) -> Path:
     """A step folder of one rank, with an older one beside it."""
     for step in (1, 2):
-        folder = checkpoint.save(tmp_path, step, pieces(0, 1), {"variant": "debug"}, 0)
+        folder = saving.save(tmp_path, step, pieces(0, 1), {"variant": "debug"}, KEEP_ALL)
     return folder
 
 
@@ -339,7 +341,7 @@ def test_pieces_that_do_not_tile_are_refused(
     ranges: list[tuple[int, int]], match: str, tmp_path: Path, alone: None
 ) -> None:
     values = torch.arange(16.0)
-    folder = checkpoint.save(tmp_path, 1, [], {}, 0)
+    folder = saving.save(tmp_path, 1, [], {}, KEEP_ALL)
     for rank, (start, stop) in enumerate(ranges):
         file = folder / f"rank_{rank:05d}.safetensors"
         keys = [f"{kind}/p" for kind in KINDS]
@@ -372,7 +374,7 @@ def test_views_of_one_buffer_and_other_dtypes_are_stored_as_fp32(tmp_path: Path,
     buffer = torch.arange(12, dtype=torch.float64).requires_grad_()
     parts = [Fragment(kind, name, (6,), 0, buffer[at : at + 6]) for kind in KINDS for name, at in
              (("a", 0), ("b", 6))]  # fmt: skip
-    saved = StepWeights(checkpoint.save(tmp_path, 3, parts, {}, 0))
+    saved = StepWeights(saving.save(tmp_path, 3, parts, {}, KEEP_ALL))
     assert saved.step == 3 and saved.dtype("a") == torch.float32
     assert saved.load("a").tolist() == [0, 1, 2, 3, 4, 5] and saved.load("b").tolist() == [6, 7, 8, 9, 10, 11]
 

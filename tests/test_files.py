@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from megawan import files
 
@@ -37,6 +38,34 @@ def test_a_writer_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: py
     with pytest.raises(OSError, match="no space"):
         files.write_json(file, {"x": 2})
     assert file.read_text() == '{\n  "x": 1\n}\n'
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_tensors_of_every_kind_read_back_and_the_digest_is_the_files(tmp_path: Path) -> None:
+    tensors = {
+        "byte": torch.arange(3, dtype=torch.uint8),
+        "odd": torch.randn(3, 5).to(torch.bfloat16),
+        "turned": torch.randn(4, 6).t(),
+        "scalar": torch.tensor(2.5),
+        "none": torch.empty(0, 4),
+        "whole": torch.arange(7),
+        "yes": torch.tensor([True, False]),
+        "double": torch.randn(2, dtype=torch.float64),
+        "large": torch.randn(2**22 + 3),  # more than one block
+    }
+    file = tmp_path / "a.safetensors"
+    digest = files.write_tensors(file, tensors, {"k": 'a "quoted" ü'})
+    assert digest == hashlib.sha256(file.read_bytes()).hexdigest() == files.sha256(file)
+    back = load_file(file)
+    assert back.keys() == tensors.keys()
+    assert all(
+        torch.equal(back[name], value) and back[name].dtype == value.dtype for name, value in tensors.items()
+    )
+    with safe_open(file, framework="pt") as opened:
+        assert opened.metadata() == {"k": 'a "quoted" ü'}
+    # What the library writes from the same tensors, it reads the same.
+    save_file({name: value.contiguous() for name, value in tensors.items()}, tmp_path / "b.safetensors")
+    assert file.stat().st_size - (tmp_path / "b.safetensors").stat().st_size in range(8, 80)  # the metadata
 
 
 @pytest.mark.parametrize("size", [0, 1, 2**20, 2**20 + 1, 3 * 2**20 - 1])

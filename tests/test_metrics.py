@@ -128,7 +128,7 @@ def test_env_json_holds_nothing_of_the_shells_environment(monkeypatch: pytest.Mo
     text = json.dumps(metrics.describe_environment())
     assert "planted-secret-5a17" not in text
     assert not [name for name in os.environ if f'"{name}"' in text]
-    assert {"python", "torch", "cuda", "deepspeed", "host", "gpus"} == json.loads(text).keys()
+    assert {"code", "python", "torch", "cuda", "deepspeed", "host", "gpus"} == json.loads(text).keys()
 
 
 def test_peak_memory_is_in_gib() -> None:

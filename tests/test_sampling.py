@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megawan import checkpoint, sampling
-from megawan.checkpoint import MOMENTS, Fragment
+from megawan import sampling, saving
+from megawan.checkpoint import MOMENTS, CheckpointOptions, Fragment
 from megawan.contact_sheet import GAP, MARGIN, TEXT_HEIGHT, Row, contact_sheet
 from megawan.models.initial import InitialWeights
 from megawan.models.variants import get_variant
@@ -139,7 +139,7 @@ def save(root: Path, step: int, variant: object, skipped: str = "", reshaped: st
         for values in [source.load(name).flatten()[: 1 if name == reshaped else None]]
         for kind in ("master", *MOMENTS)
     ]
-    return checkpoint.save(root, step, parts, {"variant": variant}, 0)
+    return saving.save(root, step, parts, {"variant": variant}, CheckpointOptions(keep_last=0))
 
 
 @pytest.fixture(scope="module")

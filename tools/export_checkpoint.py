@@ -40,6 +40,8 @@ class Options:
     keys."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Numbers on disk; float32 keeps the masters exactly."""
+    weights: Literal["master", "ema"] = "master"
+    """The trained weights, or their moving average of a run with --ema.decay."""
     low_noise: Path | None = None
     """The low-noise expert's run, when --input is the high-noise expert of an A14B: one model with both."""
 
@@ -48,8 +50,8 @@ def main(argv: Sequence[str]) -> None:
     """Export as `argv` says. Raises UserError naming file and cause; nothing is left half-written."""
     options = parse(Options, argv, prog=PROG, description=(__doc__ or "").split("\n\n")[0])
     try:
-        saved = open_verified(options.input)
-        low = None if options.low_noise is None else open_verified(options.low_noise)
+        saved = open_verified(options.input, options.weights)
+        low = None if options.low_noise is None else open_verified(options.low_noise, options.weights)
         variant = get_variant(saved.manifest["variant"])
         wan = variant.config
         if low is not None:
@@ -87,7 +89,7 @@ def require_pair(high: Variant, low: Variant, folder: Path) -> None:
         raise ValueError(f"--low_noise {folder}: is {low.name}; the partner of {high.name} is {partner}")
 
 
-def open_verified(path: Path) -> checkpoint.StepWeights:
+def open_verified(path: Path, weights: checkpoint.Weights) -> checkpoint.StepWeights:
     """Return the checkpoint at `path` after checking its hashes. Raises ValueError or FileNotFoundError."""
     folder = find_step_folder(path)
     if folder is None:
@@ -95,18 +97,23 @@ def open_verified(path: Path) -> checkpoint.StepWeights:
             f"{path}: no training checkpoint (a run folder, or a step folder with manifest.json)"
         )
     checkpoint.verify(folder)
-    return checkpoint.StepWeights(folder)
+    return checkpoint.StepWeights(folder, weights)
 
 
 def metadata(saved: checkpoint.StepWeights, argv: Sequence[str]) -> dict[str, str]:
     """Return what the files' headers and the model card say about where the weights come from."""
     manifest = saved.manifest
-    base = manifest["config"]["model"]["init_from"]
+    try:
+        config = manifest["config"]
+        base = config["model"]["init_from"] or f"random weights, seed {config['seed']}"
+        variant, data = manifest["variant"], manifest["data"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{saved.folder}/manifest.json does not say what was trained: no {error}") from None
     return {
-        "variant": manifest["variant"],
-        "base": str(base) if base else f"random weights, seed {manifest['config']['seed']}",
+        "variant": str(variant),
+        "base": str(base),
         "step": str(saved.step),
-        "data": str(manifest["data"]),
+        "data": str(data),
         "command": shlex.join([PROG, *argv]),
         "commit": git_commit(),
     }

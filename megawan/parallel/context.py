@@ -96,6 +96,14 @@ class ContextParallel:
         rows = all_gather(x.movedim(dim, 0), self._cp_group)
         return rows.flatten(0, 1)[:length].movedim(0, dim).contiguous()
 
+    def mean(self, x: Tensor) -> Tensor:
+        """Return the mean of x over the ranks, same shape and dtype, without gradient."""
+        if self._cp_group is None:
+            return x.detach()
+        total = x.detach().clone()
+        dist.all_reduce(total, group=self._cp_group)
+        return total / self.size
+
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, kernel: Attention, length: int, kept: Kept | None = None
     ) -> Tensor:

@@ -136,11 +136,9 @@ def kept(context: ContextParallel, policy: str) -> dict[str, Any]:
 
 def sharded(cases: dict[str, list[str]]) -> dict[str, tuple[list[float], list[float]]]:
     """Return per case the losses and gradient norms of two DeepSpeed steps with these flags."""
-    from megawan import engine as engines
     from megawan.dist import environment, initialize, shutdown
     from megawan.metrics import LossMeter
-    from megawan.models.wan import LEAF_MODULES
-    from megawan.train import make_batches, train_step
+    from megawan.trainer import Trainer
     from tests.training import LivelyWeights, plan_of
 
     place, device = environment(), torch.device("cpu")
@@ -148,29 +146,14 @@ def sharded(cases: dict[str, list[str]]) -> dict[str, tuple[list[float], list[fl
     found = {}
     for name, argv in cases.items():
         plan = plan_of(place.world_size, *argv, "--steps", "2")
-        asked, wan = plan.config.model, plan.variant.config
-        kernel = select_attention("auto", "cpu", torch.float32, head_dim=wan.head_dim, need_lse=plan.need_lse)
-
-        def make() -> WanModel:
-            return WanModel(
-                wan,  # noqa: B023
-                attention=kernel,  # noqa: B023
-                recompute=plan.recompute,  # noqa: B023
-                offload=plan.offload,  # noqa: B023
-                compiled=asked.compile,  # noqa: B023
-            )
-
-        model = engines.build_model(make, plan.deepspeed, device)
-        engine = engines.initialize(model, LEAF_MODULES, plan.deepspeed, plan.config.optim, plan.steps)
-        weights = LivelyWeights(wan, plan.config.seed)
-        engines.load_weights(engine, weights, lambda: None)
-        context = ContextParallel.create(plan.topology, place.rank, TIMEOUT_S)
-        batches, meter, losses, norms = make_batches(plan, 0), LossMeter(device), [], []
+        trainer = Trainer(plan, device)
+        trainer.start(LivelyWeights(plan.variant.config, plan.config.seed), lambda: None)
+        batches, meter, losses, norms = trainer.batches(0), LossMeter(device), [], []
         for _ in range(2):
-            train_step(engine, engines, plan, context, next(batches), meter)
+            trainer.step(next(batches), meter)
             losses.append(meter.read()[0])
-            norms.append(engines.grad_norm(engine))
+            norms.append(trainer.grad_norm)
         found[name] = losses, norms
-        engine.destroy()
+        trainer.engine.destroy()
     shutdown()
     return found

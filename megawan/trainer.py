@@ -1,0 +1,222 @@
+"""What trains: the sharded model, its optimizer and its groups, and one optimizer step of them.
+
+Which steps there are, when one is saved and what is said about it is megawan/train.py's; a step alone is also
+what tools/replay_step.py takes.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor
+
+from megawan import config
+from megawan import engine as engines
+from megawan.checkpoint import EMA, Fragment, StepWeights
+from megawan.data.batch import Batch
+from megawan.data.loader import make_loader
+from megawan.ema import ShardedEma
+from megawan.flow.loss import flow_loss
+from megawan.metrics import LossMeter
+from megawan.models.attention import select_attention
+from megawan.models.layouts import TensorSource
+from megawan.models.wan import LEAF_MODULES, WanModel, patchify, token_grid
+from megawan.parallel.context import ContextParallel
+from megawan.plan import Plan
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What one micro-batch of a step was trained at; the tensors stay on the device."""
+
+    batch: Batch
+    sigma: Tensor
+    """float32 [B]."""
+    mse: Tensor
+    """float32 [B], unweighted, of this rank's tokens times cp_size: its mean over the context-parallel group
+    is the video's."""
+
+
+@dataclass(frozen=True)
+class Taken:
+    """One optimizer step as this rank took it."""
+
+    tokens: int
+    """Tokens with loss, of this data-parallel rank's videos."""
+    updated: bool
+    """Whether the weights moved; the same on all ranks."""
+    drawn: list[Drawn]
+
+
+class Trainer:
+    """The model of a plan in training, one rank's part of it; every method is collective."""
+
+    def __init__(self, plan: Plan, device: torch.device, context: ContextParallel | None = None) -> None:
+        """Build model, optimizer and groups; the weights are left for `start` or `resume`.
+
+        `context`: groups of the same topology that are there already. Raises ExtensionError (engine.py).
+        """
+        self.plan = plan
+        self.device = device
+        self.context = context or ContextParallel.create(
+            plan.topology, torch_dist.get_rank(), plan.config.dist_timeout
+        )
+        wan = plan.variant.config
+        self.kernel = select_attention(
+            plan.config.model.attention,
+            device.type,
+            torch.bfloat16 if plan.deepspeed.precision == "bf16" else torch.float32,
+            head_dim=wan.dim // wan.num_heads,
+            need_lse=plan.need_lse,
+        )
+        model = engines.build_model(self._make, plan.deepspeed, device)
+        self.engine = engines.initialize(model, LEAF_MODULES, plan.deepspeed, plan.config.optim, plan.steps)
+        self.average: ShardedEma | None = None
+        self.steps_done = 0
+        """Optimizer steps behind these weights, skipped ones included."""
+
+    def _make(self) -> WanModel:
+        return WanModel(
+            self.plan.variant.config,
+            attention=self.kernel,
+            recompute=self.plan.recompute,
+            offload=self.plan.offload,
+            compiled=self.plan.config.model.compile,
+        )
+
+    def start(self, source: TensorSource, tick: Callable[[], None]) -> None:
+        """Fill the weights; `tick` is called after each tensor."""
+        engines.load_weights(self.engine, source, tick)
+        self._begin_average()
+
+    def resume(self, saved: StepWeights, tick: Callable[[], None]) -> None:
+        """Fill weights, moments, learning rate and average as they were; raises ValueError when the
+        checkpoint is of another model. `tick` is called twice for each tensor."""
+        saved.require(engines.true_shapes(self.engine.module), f"--model.variant {self.plan.variant.name}")
+        engines.load_weights(self.engine, saved, tick)
+        engines.load_optimizer(self.engine, saved, tick)
+        self._begin_average()
+        if self.average is not None and saved.has_ema:
+            engines.load_buffers(self.engine, saved, EMA, self.average.buffers)
+        self.steps_done = saved.step
+
+    def _begin_average(self) -> None:
+        if self.plan.config.ema.decay:
+            self.average = ShardedEma(engines.master_buffers(self.engine), self.plan.config.ema)
+
+    def fragments(self) -> Iterator[Fragment]:
+        """Yield what a checkpoint of this rank holds: views of masters, moments and average."""
+        yield from engines.fragments(self.engine)
+        if self.average is not None:
+            yield from engines.cut(self.engine, EMA, self.average.buffers)
+
+    def state(self) -> dict[str, Any]:
+        """Return what else a checkpoint says, as JSON: what a resume compares, and what a person wants to
+        know."""
+        return {
+            "variant": self.plan.config.model.variant,
+            "model": config.to_dict(self.plan.variant.config),
+            "config": config.to_dict(self.plan.config),
+            "data": self.plan.data.fingerprint,
+            "global_batch": self.plan.global_batch,
+            "skipped_steps": self.skipped_steps,
+        }
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps of this run left the weights as they were."""
+        return int(self.engine.skipped_steps)
+
+    def batches(self, start: int) -> Iterator[list[Batch]]:
+        """Return the micro-batches of every step after `start`, as this rank's data-parallel group takes
+        them."""
+        options = self.plan.config
+        return make_loader(
+            self.plan.data,
+            seed=options.seed,
+            micro_batch=options.micro_batch,
+            accumulation=options.accumulation,
+            dp_rank=self.dp_rank,
+            dp_size=self.plan.topology.dp_size,
+            text_len=self.plan.variant.config.text_len,
+            prompt_dropout=options.data.prompt_dropout,
+            start_step=start,
+            workers=options.data.workers,
+        )
+
+    @property
+    def grad_norm(self) -> float:
+        """The global gradient norm before clipping of the last step (synchronises with the device)."""
+        return engines.grad_norm(self.engine)
+
+    @property
+    def dp_rank(self) -> int:
+        """This rank's data-parallel place, which its context-parallel group shares."""
+        return self.plan.topology.coordinates(torch_dist.get_rank())[0]
+
+    def step(self, micro_batches: Sequence[Batch], meter: LossMeter) -> Taken:
+        """Take one optimizer step over `micro_batches`, on this device.
+
+        The specification's §2, one t per sample: draw sigma and noise, noise the latents, predict the
+        velocity, weighted MSE. All ranks of a context-parallel group draw the same and each takes the loss
+        of its own tokens.
+        """
+        options, patch = self.plan.config, self.plan.variant.config.patch_size
+        tokens, updated, drawn = 0, True, list[Drawn]()
+        for batch in micro_batches:
+            sample = self.plan.flow.sample(
+                batch.latents,
+                seed=options.seed,
+                sample_ids=batch.sample_ids,
+                epochs=batch.epochs,
+                clean_frames=self.plan.clean_frames,
+            )
+            pred = self.engine(
+                sample.x_t,
+                sample.timestep,
+                batch.text,
+                context=self.context,
+                clean_frames=sample.clean_frames,
+                clip=batch.clip,
+                condition=batch.condition,
+            )
+            valid, valid_tokens = loss_tokens(batch.latents, patch, sample.clean_frames, self.context)
+            target = self.context.shard(patchify(sample.target, patch))
+            result = flow_loss(
+                pred, target, sample.weight, valid=valid, valid_tokens=valid_tokens, cp_size=self.context.size
+            )
+            meter.add(result.loss, result.per_sample, sample.sigma)
+            drawn.append(Drawn(batch, sample.sigma, result.per_sample))
+            self.engine.backward(self._bounded(result.loss, result.per_sample))
+            updated = engines.optimizer_step(self.engine, options.optim.grad_clip)
+            tokens += batch.latents.shape[0] * valid_tokens
+        self.steps_done += 1
+        if updated and self.average is not None:
+            self.average.update(engines.master_buffers(self.engine), self.steps_done - self.skipped_steps)
+        return Taken(tokens, updated, drawn)
+
+    def _bounded(self, loss: Tensor, mse: Tensor) -> Tensor:
+        """Return the loss, not a number when a video's is above --optim.max_loss: the gradient norm of the
+        whole world is then none either, and no rank updates. No rank waits for another, nor for the
+        device."""
+        limit = self.plan.config.optim.max_loss
+        if math.isinf(limit):
+            return loss
+        return loss * torch.where(self.context.mean(mse).max() > limit, math.nan, 1.0)
+
+
+def loss_tokens(
+    latents: Tensor, patch: tuple[int, int, int], clean_frames: int, context: ContextParallel
+) -> tuple[Tensor, int]:
+    """Return which of this rank's tokens carry loss, bool [L/cp], and how many of the whole video do.
+
+    Padding at the global end carries none, nor do the tokens of clean leading latent frames.
+    """
+    frames, height, width = token_grid(tuple(latents.shape[1:]), patch)
+    length, skipped = frames * height * width, clean_frames * height * width
+    here = context.local_length(length)
+    place = torch.arange(here, device=latents.device) + context.rank * here
+    return (place >= skipped) & (place < length), length - skipped
