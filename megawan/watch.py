@@ -5,6 +5,7 @@ Files, because a rank that hangs in a collective can talk over no process group,
 them while the run hangs.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ PHASES = ("start", "data", "agreement", "forward and backward", "log", "save", "
 """What a rank does in a step, in this order."""
 _PACKAGE = str(Path(__file__).resolve().parent)
 _FIRST_ERROR_S = 5.0
+_PULSE_BYTES = 1024
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,9 @@ class Pulse:
 class Watch:
     """This rank's sign of life, and its look at everybody's.
 
-    A thread writes where the rank is; it warns when a phase lasts half the time-out, and ends the process
-    when one outlasts the time-out, so that no hang outlives it even where a collective's own time-out does
-    not help.
+    Threads write where the rank is, and look: they warn when a phase lasts half the time-out, and end the
+    process when one outlasts the time-out, so that no hang outlives it even where a collective's own
+    time-out does not help.
     """
 
     def __init__(self, folder: Path, timeout_s: float) -> None:
@@ -61,15 +63,16 @@ class Watch:
         self._beat_s = min(10.0, max(0.2, timeout_s / 10))
         self._rank, self._world = torch_dist.get_rank(), torch_dist.get_world_size()
         self._at: tuple[int, str, str, float] = (0, PHASES[0], "", time.monotonic())
-        self._warned = 0.0
         self._closed = threading.Event()
         if dist.is_main():
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder.mkdir(exist_ok=True)
         torch_dist.barrier()
         self._main = threading.get_ident()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
+        # Two threads: the disk may let a beat wait for long, and the look must not wait for it.
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._beat, self._look)]
+        for thread in self._threads:
+            thread.start()
 
     def at(self, step: int, phase: str, samples: str = "") -> None:
         """Say that this rank begins a phase of a step."""
@@ -78,7 +81,8 @@ class Watch:
     def close(self) -> None:
         """Stop watching; what the files say stays."""
         self._closed.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join(self._beat_s)
 
     def explain(self, error: Exception) -> Exception:
         """Return what to raise for an error of this rank's step: the error with its place, or RunFailed
@@ -115,24 +119,37 @@ class Watch:
             return f"lost {', '.join(pulse.describe() for pulse in silent)}, last at step {silent[0].step}"
         return f"lost contact with another rank; {self._report()}"
 
-    def _run(self) -> None:
+    def _beat(self) -> None:
         while not self._closed.wait(self._beat_s):
             step, phase, _, since = self._at
             seconds = time.monotonic() - since
-            pulse = Pulse(self._rank, socket.gethostname(), os.getpid(), step, phase, seconds, self._where())
-            try:
-                file = self._file(self._rank)
-                file.with_suffix(".tmp").write_text(json.dumps(asdict(pulse)), encoding="utf-8")
-                file.with_suffix(".tmp").replace(file)
-            except OSError:  # the folder may come back; without it the report says less
-                pass
-            if seconds > self._timeout / 2 and self._warned != since and self._speaks():
-                self._warned = since
+            self._write(
+                Pulse(self._rank, socket.gethostname(), os.getpid(), step, phase, seconds, self._where())
+            )
+
+    def _look(self) -> None:
+        warned = 0.0
+        while not self._closed.wait(self._beat_s):
+            _, phase, _, since = self._at
+            seconds = time.monotonic() - since
+            if seconds > self._timeout / 2 and warned != since and self._speaks():
+                warned = since
                 self._print(f"{self._report()}; the run ends after {self._timeout:g} s (--dist_timeout)")
             # A collective that waits ends by itself at the time-out, with an error that says more.
-            if seconds > 1.1 * self._timeout + 5:
+            if seconds > 1.1 * self._timeout + 5 and phase != PHASES[0]:
                 self._print(f"rank {self._rank} hangs: {self._report()}")
                 dist.leave(1)
+
+    def _write(self, pulse: Pulse) -> None:
+        """Write in place and at one length: a new or a truncated file would wait for a disk that is busy
+        with a checkpoint."""
+        text = json.dumps(asdict(pulse)).encode().ljust(_PULSE_BYTES)
+        with contextlib.suppress(OSError):  # the folder may come back; without it the report says less
+            descriptor = os.open(self._file(self._rank), os.O_WRONLY | os.O_CREAT, 0o644)
+            try:
+                os.pwrite(descriptor, text, 0)
+            finally:
+                os.close(descriptor)
 
     def _print(self, text: str) -> None:
         print(f"watchdog: {text}", file=sys.stderr, flush=True)
@@ -192,13 +209,16 @@ class Watch:
     def _where(self) -> str:
         """Return the collective, or else the function, that this process is in, and the line of ours that
         called it."""
-        me, places = threading.get_ident(), list[tuple[bool, str]]()
+        me, mine, others = threading.get_ident(), (False, "outside of Python"), list[tuple[bool, str]]()
         for thread, frame in sys._current_frames().items():
             found = None if thread == me else _innermost(frame)
-            if found and (thread == self._main or found[0]):
-                places.append(found)
-        # A collective tells more than a main thread that waits for autograd's.
-        return max(places, default=(False, "outside of Python"))[1]
+            if found and thread == self._main:
+                mine = found
+            elif found:
+                others.append(found)
+        # A main thread may wait for autograd's, whose collective tells more; a saver's tells nothing.
+        waiting = [place for collective, place in others if collective and "saving.py" not in place]
+        return waiting[0] if waiting and not mine[0] else mine[1]
 
 
 def _innermost(frame: FrameType | None) -> tuple[bool, str] | None:
