@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megawan.checkpoint import StepWeights, Weights, step_folders
+from megawan.checkpoint import EMA, StepWeights, Weights, step_folders
 from megawan.flow.solver import euler_sample, guided
 from megawan.models.initial import InitialWeights
 from megawan.models.keys import expected_shapes
@@ -29,6 +29,8 @@ def open_model_weights(path: Path, weights: Weights = "master") -> tuple[TensorS
         variant = get_variant(str(saved.manifest.get("variant")))
         saved.require(expected_shapes(variant.config), variant.name)
         return saved, variant.config, variant.name
+    if weights == EMA:
+        raise ValueError(f"{path} is no training checkpoint: what it holds was chosen when it was exported")
     opened = open_weights(path)
     return opened, opened.config, opened.variants[0]
 

@@ -43,6 +43,8 @@ class Options:
     """Exported or original weights, a run folder or a step folder."""
     output: Path
     """Folder for the mp4 files, contact_sheet.png and samples.json."""
+    ema: bool = False
+    """Sample the moving average that a run with --ema.decay keeps, not the trained weights."""
     prompts: tuple[str, ...] = ()
     """Captions to sample."""
     dataset: Path | None = None
@@ -93,7 +95,7 @@ def sample(options: Options) -> None:
         raise ValueError(f"--output {options.output}: exists and is not empty; give a new folder")
     prompts, clips = chosen_captions(options)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    source, wan, variant = open_model_weights(options.weights)
+    source, wan, variant = open_model_weights(options.weights, "ema" if options.ema else "master")
     codec = open_codec(options.codec, options.vae, device)
     if codec.latent_channels != wan.out_dim:
         raise ValueError(

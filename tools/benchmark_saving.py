@@ -1,0 +1,127 @@
+"""Measure what a checkpoint costs: how long training waits, and how fast the rest is written.
+
+    python tools/benchmark_saving.py --folder /scratch/me --gib 4
+
+Saves states of this many GiB on one rank several times, alternating with plain writes of as many bytes (one
+file, one fsync), and prints medians. Both are removed again.
+"""
+
+import os
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root instead of tools/
+
+import torch
+from tqdm import tqdm
+
+from megawan import checkpoint, dist
+from megawan.checkpoint import MOMENTS, CheckpointOptions, Fragment
+from megawan.cli import UserError, parse, run
+from megawan.saving import Saver
+
+PROG = "tools/benchmark_saving.py"
+BLOCK = 2**24
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to write where."""
+
+    folder: Path
+    """Folder on the file system that checkpoints will lie on; a new folder is made in it and removed."""
+    gib: float = 1.0
+    """Size of one checkpoint; make it larger than the file system's caches to measure the disk."""
+    rounds: int = 5
+    """How often each way is taken."""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Measure as `argv` says. Raises UserError for a folder without room."""
+    options = parse(Options, argv, prog=PROG, description=(__doc__ or "").split("\n\n")[0])
+    if not options.gib > 0 or options.rounds < 1:
+        raise UserError(f"--gib {options.gib} must be above 0, --rounds {options.rounds} 1 or more")
+    folder = options.folder / f"benchmark_saving_{os.getpid()}"
+    try:
+        free = shutil.disk_usage(options.folder).free
+        if free < 3 * options.gib * 2**30:
+            raise UserError(
+                f"--folder {options.folder} has {free / 2**30:.1f} GiB free, 3 times --gib are needed"
+            )
+        folder.mkdir()
+    except OSError as error:
+        raise UserError(f"--folder {options.folder}: {error.strerror or error}") from None
+    dist.initialize(dist.environment(), torch.device("cpu"), 600)
+    try:
+        measure(folder, options)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    dist.shutdown()
+
+
+def measure(folder: Path, options: Options) -> None:
+    """Alternate the two ways and print medians."""
+    # Parameters of 4 million elements, as the blocks of 1.3B have; their values do not compress.
+    count = max(1, round(options.gib * 2**30 / (3 * 4 * 2**22)))
+    pieces = [
+        Fragment(kind, f"blocks.{index}.weight", (2**22,), 0, torch.randn(2**22))
+        for index in range(count)
+        for kind in ("master", *MOMENTS)
+    ]
+    size = sum(piece.values.nbytes for piece in pieces)
+    saver = Saver(folder / "checkpoints", CheckpointOptions(keep_last=1), 600)
+    saver.start(0, pieces, {})  # makes the host buffers, once a run
+    saver.finish()
+    first = saver.ended()[0]
+    waited, written, plain, loaded = [], [], [], []
+    for number in tqdm(range(1, options.rounds + 1), unit="round", disable=None):
+        saver.start(number, pieces, {})
+        saver.finish()
+        (saved,) = saver.ended()
+        if saved.problem:
+            raise UserError(f"--folder: {saved.problem}")
+        waited.append(saved.copy_seconds)
+        written.append(saved.write_seconds)
+        plain.append(plain_write(folder / "plain", pieces))
+        began = time.perf_counter()
+        checkpoint.verify(saved.folder)
+        loaded.append(time.perf_counter() - began)
+    gib = size / 2**30
+    rows = {
+        "training waited for the copy": waited,
+        "written, hashed, committed aside": written,
+        "plain write of the same bytes": plain,
+        "verified before a resume": loaded,
+    }
+    print(
+        f"{gib:.2f} GiB a checkpoint, {options.rounds} rounds, medians; first copy {first.copy_seconds:.2f} s"
+    )
+    for name, seconds in rows.items():
+        median = statistics.median(seconds)
+        print(f"{name:34} {median:8.2f} s {gib / median:8.2f} GiB/s")
+    ratio = statistics.median(plain) / statistics.median(written)
+    print(f"bandwidth of a save: {ratio:.0%} of a plain write")
+
+
+def plain_write(file: Path, pieces: Sequence[Fragment]) -> float:
+    """Return the seconds that one file of these bytes takes with its fsync."""
+    began = time.perf_counter()
+    with file.open("wb") as opened:
+        for piece in pieces:
+            content = piece.values.view(torch.uint8).numpy().data
+            for place in range(0, len(content), BLOCK):
+                opened.write(content[place : place + BLOCK])
+        opened.flush()
+        os.fsync(opened.fileno())
+    seconds = time.perf_counter() - began
+    file.unlink()
+    return seconds
+
+
+if __name__ == "__main__":
+    run(main, PROG, leave=dist.leave)
