@@ -6,7 +6,17 @@ from typing import Any
 UNSAFE = ("data", "global_batch", "seed", "flow", "ema")
 """Changes under which the continued run is another experiment; legal only when allowed by name."""
 # Where a run lies, how it is cut over ranks and how much it says: nothing that training would notice.
-_SILENT = ("output", "config", "local_rank", "dry_run", "dist_timeout", "checkpoint", "metrics", "parallel")
+_SILENT = (
+    "output",
+    "config",
+    "local_rank",
+    "dry_run",
+    "health_check",
+    "dist_timeout",
+    "checkpoint",
+    "metrics",
+    "parallel",
+)
 
 
 def changes(

@@ -129,6 +129,9 @@ class TrainConfig:
     always fp32."""
     dist_timeout: float = 600.0
     """Seconds after which a collective that waits for a lost rank ends the run."""
+    health_check: bool = False
+    """Look at all ranks before the model is built: wrong numbers end the run naming rank and machine, slow
+    ranks and links are named (the Slurm scripts ask for it)."""
     dry_run: bool = False
     """Print the resolved plan and touch nothing."""
     local_rank: int = -1

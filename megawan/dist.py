@@ -138,7 +138,8 @@ def pick_device(local_rank: int) -> torch.device:
     count = torch.cuda.device_count()
     if local_rank >= count:
         raise ValueError(
-            f"local rank {local_rank} has no GPU: this machine shows {count}; start at most {count} ranks"
+            f"local rank {local_rank} has no GPU: {socket.gethostname()} shows {count}; start at most {count}"
+            " ranks"
         )
     return torch.device("cuda", local_rank)
 

@@ -26,6 +26,7 @@ from megawan.agreement import StepAgreement, describe_samples
 from megawan.changes import changes, refused
 from megawan.faults import broken
 from megawan.files import write_json
+from megawan.health import examine
 from megawan.metrics import Clock, LossMeter, RunLog, describe_environment, peak_memory, software
 from megawan.plan import Plan, make_plan, open_start, require_inputs, run_folder
 from megawan.run_folder import USED, RunFolder
@@ -73,6 +74,8 @@ def run(plan: Plan, device: torch.device) -> None:
     dist.require_agreement("software", str(software()))
     dist.require_agreement("configuration", str(config.to_dict(options)))
     dist.require_agreement("recompute policy", plan.recompute)  # auto looks at this rank's own GPU
+    if options.health_check:
+        look_at_ranks(device)
     warning = dist.PreemptionWarning()
     folder = RunFolder(path)
     try:
@@ -103,6 +106,17 @@ def run(plan: Plan, device: torch.device) -> None:
     finally:
         watch.close()
         folder.release()
+
+
+def look_at_ranks(device: torch.device) -> None:
+    """Say how fast ranks and links are, and which are slow. Raises RunFailed naming those that compute wrong
+    numbers."""
+    health = examine(device)
+    dist.say(health.describe())
+    for warning in health.warnings():
+        dist.say(f"warning: {warning}")
+    if health.wrong:
+        raise cli.RunFailed("; ".join(health.problems()))
 
 
 def loop(trainer: "Trainer", start: int, folder: Path, warning: dist.PreemptionWarning, watch: Watch) -> None:

@@ -13,6 +13,7 @@
 #   MEGAWAN_CONTAINER   image for pyxis (srun --container-image); MEGAWAN_MOUNTS: more mounts, as SRC:DST,SRC:DST
 #   MEGAWAN_RANKS_PER_NODE  (as many as the node's GPUs)
 #   MEGAWAN_GRACE       seconds after Slurm's warning in which a run may save before the job is requeued anyway
+#   MEGAWAN_HEALTH_CHECK=0  do not look at all ranks and links before the model is built
 #   MEGAWAN_DRY_RUN=1   or --dry-run: print the commands, start nothing
 
 asked() { sed -n "s/^#SBATCH --$1=//p" "$0"; } # what the #SBATCH line of this script says
@@ -21,6 +22,8 @@ job="${SLURM_JOB_ID:-0}"
 name="${SLURM_JOB_NAME:-$(asked job-name)}"
 dry_run="${MEGAWAN_DRY_RUN:-0}"
 worlds=()
+health=()
+[[ "${MEGAWAN_HEALTH_CHECK:-1}" != 1 ]] || health=(--health_check)
 deadline=999999999 # of SECONDS; sooner once Slurm warned
 
 fail() { printf '%s: error: %s\n' "$name" "$1" >&2; exit 2; }
@@ -110,7 +113,7 @@ world() {
         "$python" -m torch.distributed.run --nnodes="${#nodes[@]}" \
         --nproc_per_node="${MEGAWAN_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-$(asked gpus-per-node)}}" \
         --rdzv_backend=c10d --rdzv_id="$job-$index" --rdzv_endpoint="$(address "${nodes[0]}"):$port" \
-        "$root/megawan/train.py" "$@"
+        "$root/megawan/train.py" "${health[@]}" "$@"
 }
 
 # warned: the trap of USR1, which Slurm sends ahead of the time limit (--signal) or a person with scancel --batch.
@@ -121,7 +124,13 @@ warned() {
 }
 trap warned USR1
 
-# finish: waits for the worlds; after a warning requeues the job; exits with the first failure.
+# nodes_answer: whether every node of the job still starts a task.
+nodes_answer() {
+    local count="${#hosts[@]}"
+    timeout 60 srun --overlap --nodes="$count" --ntasks="$count" --ntasks-per-node=1 true &>/dev/null
+}
+
+# finish: waits for the worlds; after a warning, or when a node was lost, requeues the job; exits with the first failure.
 finish() {
     local world code status=0
     for world in "${worlds[@]}"; do
@@ -135,5 +144,10 @@ finish() {
         ((status != 0)) || status="$code"
     done
     ((deadline == 999999999)) || exec scontrol requeue "$job"
+    # The ranks on the other nodes fail before Slurm itself notices that a node is gone.
+    if ((status != 0)) && [[ -n "${hosts[*]:-}" ]] && ! nodes_answer; then
+        printf '%s: a node of job %s does not answer any more; requeueing the job\n' "$name" "$job"
+        exec scontrol requeue "$job"
+    fi
     exit "$status"
 }

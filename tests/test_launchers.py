@@ -87,7 +87,11 @@ def cluster(tmp_path: Path) -> Cluster:
     shutil.copytree(ROOT / "slurm", root / "slurm")
     record = f'file="$(mktemp {shlex.quote(str(home))}/calls/$(basename "$0").$(date +%s%N).XXXX)"\n'
     record += 'printf \'%s\\0\' "$@" >"$file"\n'
-    stub(home / "bin/srun", record + 'eval "${STUB_SRUN:-true}"')
+    # The last word is "true" when the script asks whether the nodes still answer.
+    stub(
+        home / "bin/srun",
+        record + '[[ "${!#}" != true ]] || exit "${STUB_NODES_LOST:-0}"\neval "${STUB_SRUN:-true}"',
+    )
     stub(home / "bin/scontrol", record + SCONTROL)
     stub(root / ".venv/bin/python", "true")
     env = {
@@ -287,6 +291,12 @@ def test_train_py_understands_the_flags(name: str, cluster: Cluster) -> None:
 def test_a_failed_run_fails_the_job(cluster: Cluster) -> None:
     assert cluster.run("train_14b", STUB_SRUN="exit 3").returncode == 3
     assert not [words for words in cluster.calls("scontrol") if words[0] == "requeue"]
+
+
+def test_a_failure_with_a_lost_node_requeues_the_job(cluster: Cluster) -> None:
+    lost = cluster.run("train_14b", STUB_SRUN="exit 3", STUB_NODES_LOST="1")
+    assert lost.returncode == 0 and "a node of job 123457 does not answer any more" in lost.stdout
+    assert requeues(cluster) == [["requeue", "123457"]]
 
 
 def test_one_failed_expert_fails_the_job_after_the_other_finished(cluster: Cluster) -> None:
