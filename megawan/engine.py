@@ -11,7 +11,6 @@ import hashlib
 import logging
 import math
 import os
-import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -80,7 +79,9 @@ def load_host_extension() -> None:
     folder = extension_folder()
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
     beside = Path(sys.executable).parent
-    if shutil.which("ninja") is None and (beside / "ninja").exists():  # .venv/bin/python without activation
+    if (beside / "ninja").exists():
+        # Another ninja than the last build's takes its log for that of other commands and builds all anew;
+        the # system's would be found where the environment is not activated.
         os.environ["PATH"] = f"{beside}{os.pathsep}{os.environ.get('PATH', '')}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
