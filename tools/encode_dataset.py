@@ -79,7 +79,9 @@ def main(argv: Sequence[str]) -> None:
     """Encode as `argv` says. Raises UserError naming file or flag and cause."""
     options = parse(Options, argv, prog=PROG, description=(__doc__ or "").split("\n\n")[0], aliases=ALIASES)
     try:
-        size = clip_size(options, CODEC_STRIDES[options.codec])
+        size = clip_size(
+            options, CODEC_STRIDES[options.codec], still_images=takes_still_images(options.variant)
+        )
         if options.shard_mib < 1:
             raise ValueError(f"--shard_mib {options.shard_mib} must be 1 or more")
         share = parse_share(options.shard)
@@ -138,16 +140,18 @@ def parse_share(text: str) -> tuple[int, int]:
     return int(first), int(second)
 
 
+def takes_still_images(variant: str | None) -> bool:
+    """Return whether a model can learn from one frame: not one that is given the first and the last."""
+    return variant is None or get_variant(variant).task != "flf2v"
+
+
 def open_image(options: Options, codec: VideoCodec, device: torch.device) -> ImageConditions | None:
     """Return what makes the image conditions of --variant, None where it has none."""
     if options.variant is None:
         if options.image_encoder is not None:
             raise ValueError("--image_encoder is for image-to-video models: name one with --variant")
         return None
-    variant = get_variant(options.variant)
-    if variant.task == "flf2v" and options.num_frames == 1:
-        raise ValueError(f"{variant.name} needs a first and a last frame; give --num_frames 5 or more")
-    return open_conditions(variant, codec, options.image_encoder, device)
+    return open_conditions(get_variant(options.variant), codec, options.image_encoder, device)
 
 
 def open_text(options: Options, device: torch.device) -> tuple[TextEncoder, int]:

@@ -7,12 +7,13 @@ PNG) a video.
 """
 
 import contextlib
+import itertools
 import os
 import struct
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -126,12 +127,14 @@ def read_windows(
     *,
     stride: int | None = None,
     limit: int | None = 1,
+    starts: Sequence[int] | None = None,
 ) -> Generator[tuple[int, Frames], None, None]:
     """Yield (start, frames [num_frames, height, width, 3]) of every window of a file, cut as by `read_clip`.
 
     Windows start every `stride` frames (default: num_frames, so that they follow each other), counted after
-    resampling; `limit` stops after so many, None takes all that are whole. `fit` gives the (height, width) of
-    the windows for the size of the first frame. The file is decoded once and no further than needed.
+    resampling, or at the ascending `starts`; `limit` stops after so many, None takes all that are whole.
+    `fit` gives the (height, width) of the windows for the size of the first frame. The file is decoded once
+    and no further than needed.
 
     Raises TooShort when there is not one window, BadClip where a file cannot be decoded any further (the
     windows before that have been given) and for whatever `fit` raises as ValueError.
@@ -143,7 +146,8 @@ def read_windows(
     step = num_frames if stride is None else stride
     if step < 1 or (limit is not None and limit < 1):
         raise ValueError(f"windows and their stride must be 1 or more; given: {limit} and {stride}")
-    start, seen, given, still = 0, 0, 0, False
+    coming = itertools.count(0, step) if starts is None else iter(starts)
+    start, seen, given, still = next(coming), 0, 0, False
     size: tuple[int, int] | None = None
     kept: deque[Frames] = deque()
     for frame in pictures(path, fps):
@@ -156,11 +160,12 @@ def read_windows(
         if len(kept) == num_frames:
             yield start, np.stack(kept)
             given += 1
-            if given == limit:
+            later = None if given == limit else next(coming, None)
+            if later is None:
                 return
-            start += step
-            for _ in range(min(step, num_frames)):
+            for _ in range(min(later - start, num_frames)):
                 kept.popleft()
+            start = later
     if not given:
         raise TooShort(path, num_frames, seen, fps, still)
 

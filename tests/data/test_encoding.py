@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -20,7 +21,7 @@ from megawan.data.video import BadClip, pictures
 from megawan.encoders.dct import DctCodec
 from megawan.files import write_tensors
 from megawan.rng import generator_at
-from tests.data.encoding import contents, listed, make_media, numbers, run
+from tests.data.encoding import contents, listed, make_media, numbers, ramp, run, write
 
 FIXED = ClipSize(5, 32, 32, 16)
 BUDGET = Budget((13, 9, 5), 48 * 64, None, 16, (4, 8, 8))
@@ -89,13 +90,68 @@ def test_windows_are_counted_after_resampling(media: Path) -> None:
     assert numbers(found[1].frames) == [10, 12, 14, 16, 18]
 
 
-@pytest.mark.parametrize("stride", [None, 1, 4, 20])
-@pytest.mark.parametrize("windows", [1, 2, None])
+@pytest.mark.parametrize(
+    ("frames", "windows", "starts"),
+    [
+        (23, 2, [0, 18]),
+        (23, 3, [0, 9, 18]),
+        (23, 4, [0, 6, 12, 18]),  # 18 / 3
+        (23, 5, [0, 4, 9, 13, 18]),  # rounded down
+        (6, 3, [0, 1]),  # only two places
+        (5, 3, [0]),
+    ],
+)
+def test_uniform_windows_reach_from_the_start_to_the_end(
+    tmp_path: Path, frames: int, windows: int, starts: list[int]
+) -> None:
+    path = write(tmp_path / "a.mkv", ramp(frames))
+    size = ClipSize(5, 16, 16, None, windows=windows, spread=True)
+    found = list(cut(path, size))
+    assert [window.start for window in found] == starts
+    assert [numbers(window.frames)[0] for window in found] == starts
+    assert [window.last for window in found] == [False] * (len(starts) - 1) + [True]
+
+
+def test_uniform_windows_of_a_damaged_clip_are_spread_up_to_the_damage(media: Path) -> None:
+    found = list(cut(media / "zeroed.avi", ClipSize(5, 16, 16, None, windows=3, spread=True)))
+    whole = len(list(cut(media / "zeroed.avi", ClipSize(1, 16, 16, None, windows=None))))
+    assert [window.start for window in found] == [0, (whole - 5) // 2, whole - 5]
+    assert [window.cut_short is None for window in found] == [True, True, False]
+
+
+@pytest.mark.parametrize("name", ["still.png", "still.jpg", "still.webp", "still.gif"])
+@pytest.mark.parametrize(
+    "size",
+    [
+        replace(FIXED, least=2),
+        replace(AUTO, least=2),
+        ClipSize(
+            5, 32, 32, 16, Budget((5, 1), 48 * 64, None, 16, (4, 8, 8)), windows=2, spread=True, least=2
+        ),
+    ],
+)
+def test_a_model_of_first_and_last_frame_takes_no_image(media: Path, name: str, size: ClipSize) -> None:
+    with pytest.raises(BadClip, match="has 1 frames at 16 fps; 2 are needed"):
+        list(cut(media / name, size))
+    with pytest.raises(ValueError, match="has 1 frames; 2 are needed"):
+        plan_windows(1, 40, 60, size, still=True)
+    if size.budget is not None and 1 in size.budget.lengths:  # nor a clip as short as one
+        assert size.length_of(4) is None and size.fewest_frames() == 5
+
+
+# (windows, window_stride, spread, least) of a ClipSize
+PLACEMENTS = (
+    *((1, None, False, 1), (2, None, False, 1), (None, None, False, 2), (None, 1, False, 1)),
+    *((2, 4, False, 1), (None, 20, False, 1), (2, None, True, 1), (5, None, True, 2)),
+)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("budget", [None, BUDGET])
 def test_what_is_planned_is_what_is_cut(
-    media: Path, budget: Budget | None, windows: int | None, stride: int | None
+    media: Path, budget: Budget | None, placement: tuple[int | None, int | None, bool, int]
 ) -> None:
-    size = ClipSize(13, 48, 64, 16, budget, windows, stride)
+    size = ClipSize(13, 48, 64, 16, budget, *placement)
     gave = 0
     for name in names(media):
         try:
@@ -116,7 +172,7 @@ def test_what_is_planned_is_what_is_cut(
             planned = []
         assert found == planned, name
         gave += bool(found)
-    assert gave >= 9
+    assert gave >= (9 if size.least == 1 else 5)
 
 
 def test_damage_behind_a_window_keeps_it_and_is_told(media: Path) -> None:
@@ -159,6 +215,9 @@ def test_what_fits_no_bucket_is_refused_with_the_reason(
         ({"windows": "many"}, "--windows many"),
         ({"windows": "2", "window_stride": 0}, "--window_stride 0"),
         ({"window_stride": 8}, "--window_stride means nothing with one window"),
+        ({"window_placement": "uniform"}, "uniform needs --windows 2 or more, not 1"),
+        ({"window_placement": "uniform", "windows": "all"}, "uniform needs --windows 2 or more, not all"),
+        ({"window_placement": "uniform", "windows": "2", "window_stride": 3}, "give one of them"),
         ({"max_tokens": 100}, "--max_tokens needs --bucket auto"),
         ({"bucket": "auto", "max_area": "4x4x4"}, "--max_area 4x4x4"),
         ({"bucket": "auto", "max_area": "big"}, "--max_area big"),
@@ -176,6 +235,12 @@ def test_flags_that_contradict_or_mean_nothing_are_refused(flags: dict[str, obje
 
 
 def test_flags_become_a_size() -> None:
+    spread = clip_size(CutOptions(windows="4", window_placement="uniform"), (4, 8, 8), still_images=False)
+    assert spread == ClipSize(81, 480, 832, 16.0, windows=4, spread=True, least=2)
+    written = {"num_frames": 81, "height": 480, "width": 832, "fps": 16.0, "windows": 4}
+    assert spread.settings() == written | {"window_placement": "uniform"}
+    with pytest.raises(ValueError, match="--num_frames 5"):
+        clip_size(CutOptions(num_frames=1), (4, 8, 8), still_images=False)
     assert clip_size(CutOptions(), (4, 8, 8)) == ClipSize(81, 480, 832, 16.0)
     auto = CutOptions(bucket="auto", max_area="480*832", max_tokens=32760, windows="all", fps="keep")
     budget = Budget((81, 41, 21, 9, 5), 480 * 832, 32760, 32, (4, 16, 16))
@@ -248,12 +313,12 @@ def test_a_pipe_is_not_waited_for(media: Path, tmp_path: Path) -> None:
         run(manifest, tmp_path / "s", FIXED)
 
 
-@pytest.mark.parametrize("windows", [1, 3, None])
+@pytest.mark.parametrize(("windows", "spread"), [(1, False), (3, False), (3, True), (None, False)])
 @pytest.mark.parametrize("shard_bytes", [1, 13_000, 40_000])
 def test_a_second_call_makes_nothing_and_reports_the_same(
-    media: Path, tmp_path: Path, windows: int | None, shard_bytes: int
+    media: Path, tmp_path: Path, windows: int | None, spread: bool, shard_bytes: int
 ) -> None:
-    size = ClipSize(13, 32, 32, 16, BUDGET, windows)
+    size = ClipSize(13, 32, 32, 16, BUDGET, windows, spread=spread)
     manifest = listed(media, *names(media), "long.mkv")
     first = run(manifest, tmp_path / "s", size, shard_bytes=shard_bytes)
     before = contents(tmp_path / "s")
