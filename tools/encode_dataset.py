@@ -4,11 +4,13 @@
         --text_encoder models_t5_umt5-xxl-enc-bf16.pth --tokenizer google/umt5-xxl
 """
 
+import contextlib
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root instead of tools/
 
@@ -20,6 +22,8 @@ from megawan.conditions import ImageConditions, open_conditions
 from megawan.data.cutting import CODEC_STRIDES, CutOptions, clip_size
 from megawan.data.encoding import REJECTED, Report, encode
 from megawan.data.manifest import read_manifest
+from megawan.data.ranks import Ranks
+from megawan.dist import tasks
 from megawan.encoders.codec import VideoCodec
 from megawan.encoders.opening import open_codec
 from megawan.encoders.text import TextEncoder
@@ -72,34 +76,61 @@ class Options(CutOptions):
     shard_mib: int = 1024
     """Size of the store's files in MiB; a kill loses at most the one that was being filled."""
     shard: str = "0/1"
-    """I/N: encode only share I (from 0) of N, in a job array; a last call without it finishes the store."""
+    """I/N: encode only share I (from 0) of N, in a job array; a last call without it finishes the store.
+    Under torchrun or srun the ranks divide the share again."""
+    rank_timeout: float = 1800.0
+    """Under torchrun or srun: seconds without a sign of life after which a rank counts as dead."""
+    workers: int = 2
+    """Threads that decode ahead of the encoders; 0 decodes in between. It changes no byte."""
+    batch: int = 1
+    """Samples of one size that are encoded together; above 1 their last bits differ and the store says so."""
 
 
 def main(argv: Sequence[str]) -> None:
     """Encode as `argv` says. Raises UserError naming file or flag and cause."""
     options = parse(Options, argv, prog=PROG, description=(__doc__ or "").split("\n\n")[0], aliases=ALIASES)
+    ranks: Ranks | None = None
     try:
+        place = tasks()
         size = clip_size(
             options, CODEC_STRIDES[options.codec], still_images=takes_still_images(options.variant)
         )
-        if options.shard_mib < 1:
-            raise ValueError(f"--shard_mib {options.shard_mib} must be 1 or more")
-        share = parse_share(options.shard)
+        for name in ("shard_mib", "batch", "rank_timeout"):
+            if getattr(options, name) < 1:
+                raise ValueError(f"--{name} {getattr(options, name)} must be 1 or more")
+        if options.workers < 0:
+            raise ValueError(f"--workers {options.workers} must be 0 or more")
+        share, shares = parse_share(options.shard)
+        finishes = shares == 1  # a share of a job array leaves the index to a last call
+        share, shares = share + shares * place.rank, shares * place.world_size
         manifest = read_manifest(
             options.input, root=options.root, allow_outside_root=options.allow_outside_root
         )
-        print(f"found {manifest.found}")
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        codec = open_codec(options.codec, options.vae, device, options.vae_tile)
+        if place.rank == 0:
+            print(f"found {manifest.found}", flush=True)
+        if place.world_size > 1 and finishes:
+            ranks = Ranks(options.output, place.rank, place.world_size, options.rank_timeout)
+        device = pick_device(place.local_rank)
+        codec = open_codec(options.codec, options.vae, device, options.vae_tile, options.batch > 1)
         conditions = open_image(options, codec, device)
         text, text_len = open_text(options, device)
-        rows = len(manifest.rows[share[0] :: share[1]])
-        with tqdm(total=rows, desc="encode", unit="clip", disable=None) as bar:
+        rows = len(manifest.rows[share::shares])
+        captions_cut: list[int] = []
+
+        def gather(done: dict[str, Any]) -> list[dict[str, Any]] | None:
+            told = ranks.gather({**done, "captions_cut": text.truncated}) if ranks is not None else None
+            captions_cut.extend(one["captions_cut"] for one in told or [])
+            return told
+
+        begun = time.monotonic()
+        with tqdm(total=rows, desc="encode", unit="clip", disable=True if place.rank else None) as bar:
 
             def tick(report: Report) -> None:
                 made, rejected = report.encoded + report.kept, len(report.rejected)
                 bar.set_postfix(samples=made, rejected=rejected, refresh=False)
                 bar.update()
+                if ranks is not None:
+                    ranks.beat()
 
             report = encode(
                 manifest,
@@ -111,25 +142,53 @@ def main(argv: Sequence[str]) -> None:
                 text_len,
                 device=device,
                 conditions=conditions,
-                share=share,
+                share=(share, shares),
+                gather=gather if ranks is not None else None,
                 shard_bytes=options.shard_mib << 20,
+                batch=options.batch,
+                workers=options.workers,
                 tick=tick,
             )
     except (ValueError, OSError) as error:
+        if ranks is not None:
+            with contextlib.suppress(OSError):
+                ranks.fail(str(error))
         raise UserError(str(error)) from None
-    done = f"{report.encoded} encoded" if report.encoded else "nothing to do"
+    if ranks is None or place.rank == 0:
+        cut = sum(captions_cut) if ranks is not None else text.truncated
+        print(summary(options, report, cut, time.monotonic() - begun))
+
+
+def summary(options: Options, report: Report, captions_cut: int, seconds: float) -> str:
+    """Return the last lines: what was made, how fast, and where the rejected clips are listed."""
+    done = "nothing to do"
+    if report.encoded:
+        done = f"{report.encoded} encoded"
     end = (
         report.store.describe()
         if report.store
         else f"share {options.shard} of {options.output}, no index yet"
     )
-    print(
-        f"{done}, {report.kept} kept, {len(report.rejected)} rejected, {text.truncated} captions cut; {end}"
-    )
+    lines = [
+        f"{done}, {report.kept} kept, {len(report.rejected)} rejected, {captions_cut} captions cut; {end}"
+    ]
+    if report.encoded:
+        rate = f"{report.encoded / seconds:.3g} samples/s"
+        lines.append(f"{seconds:.1f} s, {rate}; the encoders waited {report.waited:.1f} s for frames")
     if report.cut_short:
-        print(f"{len(report.cut_short)} clips are damaged behind their last sample")
+        lines.append(f"{len(report.cut_short)} clips are damaged behind their last sample")
     if report.store and (report.rejected or report.cut_short):
-        print(f"the rejected clips and why: {options.output / REJECTED}")
+        lines.append(f"the rejected clips and why: {options.output / REJECTED}")
+    return "\n".join(lines)
+
+
+def pick_device(local_rank: int) -> torch.device:
+    """Return the GPU of this rank of its machine, the CPU where there is none; ranks may share a GPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
 
 
 def parse_share(text: str) -> tuple[int, int]:
@@ -170,4 +229,4 @@ def open_text(options: Options, device: torch.device) -> tuple[TextEncoder, int]
 
 
 if __name__ == "__main__":
-    run(main, PROG)
+    run(main, PROG, rank=tasks().rank)

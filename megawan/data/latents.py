@@ -27,6 +27,7 @@ FORMAT = "megawan-latents"
 VERSION = 1
 INDEX = "index.json"
 EMPTY = "empty.safetensors"
+RANKS = "ranks"  # how the ranks of one encode find each other: megawan/data/ranks.py
 SHARD_BYTES = 1 << 30
 REQUIRED = ("format", "version", "settings", "samples", "shards")
 
@@ -150,7 +151,7 @@ class StoreWriter:
                     file.unlink()
             elif file.name.startswith("shard_") and file.suffix == ".safetensors":
                 self._take_over(file)
-            elif file.name not in (INDEX, EMPTY, "rejected.jsonl"):
+            elif file.name not in (INDEX, EMPTY, "rejected.jsonl", RANKS):
                 raise ValueError(
                     f"{path}: holds {file.name}, which is not a latent store's; give a new folder"
                 )
@@ -183,8 +184,13 @@ class StoreWriter:
         """Return what the index will say of the samples that are safely in a shard, by key."""
         return {row["key"]: row for row in self._rows}
 
-    def add(self, key: str, tensors: Mapping[str, Tensor], row: Mapping[str, Any]) -> None:
-        """Add one sample: tensors "latents", "text" (+ "clip", "condition") and what the index says of it."""
+    def add(
+        self, key: str, tensors: Mapping[str, Tensor], row: Mapping[str, Any], *, more: bool = False
+    ) -> None:
+        """Add one sample: tensors "latents", "text" (+ "clip", "condition") and what the index says of it.
+
+        With `more` the next sample goes into the same shard: they were encoded together.
+        """
         # Copies: captions that several clips share are one tensor, and safetensors saves none twice.
         stored = {
             f"{key}.{name}": value.detach().to("cpu", torch.float32, copy=True)
@@ -194,7 +200,7 @@ class StoreWriter:
         extras = {name: True for name in tensors if name not in ("latents", "text")}
         self._pending.update(stored)
         self._pending_rows.append({"key": key, "shape": list(tensors["latents"].shape), **row, **extras})
-        if sum(value.nbytes for value in self._pending.values()) >= self._shard_bytes:
+        if not more and sum(value.nbytes for value in self._pending.values()) >= self._shard_bytes:
             self.flush()
 
     def flush(self) -> None:

@@ -1,10 +1,13 @@
 """From files to a store: windows, buckets, images, restarts, and a report that says what was left out."""
 
 import json
+import math
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -351,6 +354,78 @@ def test_shares_give_the_samples_and_the_report_of_one_call(media: Path, tmp_pat
     assert parts.encoded == 0 and whole.store is not None and parts.store is not None
     assert parts.store.fingerprint == whole.store.fingerprint
     assert (tmp_path / "parts" / REJECTED).read_text() == (tmp_path / "whole" / REJECTED).read_text()
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_reading_ahead_changes_no_byte(media: Path, tmp_path: Path, workers: int) -> None:
+    manifest, size = listed(media, *names(media), "long.mkv"), ClipSize(13, 32, 32, 16, BUDGET, None)
+    here = run(manifest, tmp_path / "here", size)
+    ahead = run(manifest, tmp_path / "ahead", size, workers=workers)
+    assert contents(tmp_path / "ahead") == contents(tmp_path / "here")
+    assert (ahead.rejected, ahead.cut_short) == (here.rejected, here.cut_short)
+    assert run(manifest, tmp_path / "ahead", size, workers=workers).encoded == 0
+
+
+class Counting(DctCodec):
+    """The demo codec, which notes the shape of what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__("cpu")
+        self.given: list[tuple[int, ...]] = []
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return the latents."""
+        self.given.append(tuple(pixels.shape))
+        return super().encode(pixels)
+
+
+def test_samples_of_one_shape_are_encoded_together(
+    media: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest, size = listed(media, *names(media)), ClipSize(13, 32, 32, 16, BUDGET, None, 4)
+    one = run(manifest, tmp_path / "one", size).store
+    codec = Counting()
+    three = run(manifest, tmp_path / "three", size, batch=3, codec=codec).store
+    assert one is not None and three is not None and len(three) == len(one)
+    assert three.settings == {**one.settings, "batch": 3}
+    for number in range(len(one)):
+        assert three[number].prompt == one[number].prompt and torch.equal(
+            three[number].text, one[number].text
+        )
+        assert torch.allclose(three[number].latents, one[number].latents, atol=1e-5)
+    shapes = Counter(shape[1:] for shape in codec.given for _ in range(shape[0]))
+    assert Counter(shape[1:] for shape in codec.given) == {shape: -(-n // 3) for shape, n in shapes.items()}
+    with pytest.raises(ValueError, match="batch: there 3, asked None"):
+        run(manifest, tmp_path / "three", size)
+    # What waits for others is bounded: two of the largest are more than may wait.
+    monkeypatch.setattr("megawan.data.encoding.WAITING_BYTES", 13 * 48 * 64 * 3 - 1)
+    bounded = Counting()
+    run(manifest, tmp_path / "bounded", size, batch=3, codec=bounded)
+    assert max(math.prod(shape) for shape in bounded.given) < max(math.prod(shape) for shape in codec.given)
+
+
+@pytest.mark.parametrize("waiting", [1 << 31, 13 * 48 * 64 * 3 * 2])
+def test_an_interrupted_encode_goes_on_with_the_same_batches(
+    media: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waiting: int
+) -> None:
+    monkeypatch.setattr("megawan.data.encoding.WAITING_BYTES", waiting)
+    manifest, size = listed(media, *names(media)), ClipSize(13, 32, 32, 16, BUDGET, None, 4)
+    whole = Counting()
+    run(manifest, tmp_path / "whole", size, batch=3, shard_bytes=20_000, codec=whole)
+    for stop in range(1, len(whole.given), 3):
+        codec = Counting()
+
+        def stopping(pixels: torch.Tensor, codec: Counting = codec, stop: int = stop) -> torch.Tensor:
+            if len(codec.given) == stop:
+                raise OSError("stopped")
+            return Counting.encode(codec, pixels)
+
+        codec.encode = stopping  # type: ignore[method-assign]
+        with pytest.raises(OSError, match="stopped"):
+            run(manifest, tmp_path / "s", size, batch=3, shard_bytes=20_000, codec=codec)
+        run(manifest, tmp_path / "s", size, batch=3, shard_bytes=20_000)
+        assert contents(tmp_path / "s") == contents(tmp_path / "whole")
+        shutil.rmtree(tmp_path / "s")
 
 
 def test_a_full_disk_is_not_blamed_on_a_clip(
