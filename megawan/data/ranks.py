@@ -55,12 +55,12 @@ class Ranks:
         Raises ValueError naming the ranks that failed or gave no sign of life for the time-out.
         """
         if self.rank:
-            self._say(done=done)
+            self._say({"done": done})
             self._wait([0], lambda said: self._said["is"] in said.get("heard", []))
             self._file(self.rank).unlink(missing_ok=True)
             return None
         others = self._wait(range(1, self.size), lambda said: said["hears"] == self._said["is"])
-        self._say(done=True, heard=self._nonces())
+        self._say({"done": True, "heard": self._nonces()})
         end = time.monotonic() + GOODBYE_S
         while self._nonces() and time.monotonic() < end:
             time.sleep(POLL_S)
@@ -76,7 +76,7 @@ class Ranks:
         """Tell the others that this rank gives up, so that they need not wait out their time."""
         if self.rank:
             self._hear()
-        self._say(failed=reason, heard=self._nonces() if self.rank == 0 else [])
+        self._say({"failed": reason, "heard": [] if self.rank else self._nonces()})
 
     def _wait(
         self, ranks: Sequence[int], believed: Callable[[dict[str, Any]], bool]
@@ -115,13 +115,13 @@ class Ranks:
         """Take note of who rank 0 is, so that it knows that it is told, and not a call before it."""
         first = self._read(0)
         if first is not None and first["is"] != self._said["hears"]:
-            self._say(hears=first["is"])
+            self._say({"hears": first["is"]})
 
     def _nonces(self) -> list[str]:
         return [said["is"] for rank in range(1, self.size) if (said := self._read(rank)) is not None]
 
-    def _say(self, **news: Any) -> None:
-        self._said |= news
+    def _say(self, news: Mapping[str, Any] | None = None) -> None:
+        self._said |= news or {}
         self._last_beat = time.monotonic()
         write_json(self._file(self.rank), self._said)
 
