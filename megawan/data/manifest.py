@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megawan.data.video import IMAGES, VIDEOS
+
 FILE_COLUMNS = ("video", "file_path", "file_name", "video_path", "path", "image", "image_path")
 PROMPT_COLUMNS = ("prompt", "text", "caption")
 METADATA_NAMES = ("metadata.csv", "metadata.json", "metadata.jsonl")
-CLIP_SUFFIXES = (
-    *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".flv", ".wmv"),
-    *(".gif", ".png", ".jpg", ".jpeg", ".webp", ".bmp"),
-)
+CLIP_SUFFIXES = (*VIDEOS, *IMAGES)
 LONGEST_FIELD = 1 << 20
 
 
@@ -52,7 +51,7 @@ def read_manifest(path: Path, *, root: Path | None = None, allow_outside_root: b
     if path.is_dir():
         listed = next((path / name for name in METADATA_NAMES if (path / name).is_file()), None)
         if listed is None:
-            return _sidecars(path)
+            return _sidecars(path, allow_outside_root)
         path = listed
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file or folder")
@@ -124,7 +123,7 @@ def _csv_rows(path: Path, text: str) -> list[dict[str, Any]]:
 
 def _json_rows(path: Path, text: str) -> list[dict[str, Any]]:
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_unrepeated)
     except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and deep nesting
         raise ValueError(f"{path}: not JSON ({error})") from None
     if not isinstance(value, list) or not all(isinstance(record, dict) for record in value):
@@ -134,11 +133,11 @@ def _json_rows(path: Path, text: str) -> list[dict[str, Any]]:
 
 def _jsonl_rows(path: Path, text: str) -> list[dict[str, Any]]:
     rows = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines also splits at U+2028 inside a caption
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = json.loads(line, object_pairs_hook=_unrepeated)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} line {number}: not JSON ({error})") from None
         if not isinstance(record, dict):
@@ -147,7 +146,16 @@ def _jsonl_rows(path: Path, text: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _sidecars(folder: Path) -> Manifest:
+def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object's fields; JSON would let the last of two of a name win, in silence."""
+    record = dict(pairs)
+    if len(record) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"names {next(name for name in names if names.count(name) > 1)!r} twice")
+    return record
+
+
+def _sidecars(folder: Path, allow_outside_root: bool) -> Manifest:
     clips = sorted(file for file in folder.rglob("*") if file.suffix.lower() in CLIP_SUFFIXES)
     if not clips:
         raise ValueError(
@@ -166,7 +174,11 @@ def _sidecars(folder: Path) -> Manifest:
             raise ValueError(f"{caption}: is not UTF-8 text") from None
         relative = str(clip.relative_to(folder))
         rows.append(
-            Row(resolve_inside(folder.resolve(), relative, where), _text(prompt, "caption", where), number)
+            Row(
+                resolve_inside(folder.resolve(), relative, where, allow_outside_root),
+                _text(prompt, "caption", where),
+                number,
+            )
         )
     return Manifest(
         folder.resolve(), tuple(rows), f"folder {folder.name}, {len(rows)} clips with .txt captions"
