@@ -118,6 +118,7 @@ def main(argv: Sequence[str]) -> None:
         captions_cut: list[int] = []
 
         def gather(done: dict[str, Any]) -> list[dict[str, Any]] | None:
+            # Ranks of one share of a job array do not meet: a last call finds what all shares made.
             told = ranks.gather({**done, "captions_cut": text.truncated}) if ranks is not None else None
             captions_cut.extend(one["captions_cut"] for one in told or [])
             return told
@@ -143,7 +144,7 @@ def main(argv: Sequence[str]) -> None:
                 device=device,
                 conditions=conditions,
                 share=(share, shares),
-                gather=gather if ranks is not None else None,
+                gather=gather if place.world_size > 1 else None,
                 shard_bytes=options.shard_mib << 20,
                 batch=options.batch,
                 workers=options.workers,
@@ -156,19 +157,14 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(str(error)) from None
     if ranks is None or place.rank == 0:
         cut = sum(captions_cut) if ranks is not None else text.truncated
-        print(summary(options, report, cut, time.monotonic() - begun))
+        where = f"share {share}/{shares} of {options.output}, no index yet"
+        print(summary(options, report, where, cut, time.monotonic() - begun))
 
 
-def summary(options: Options, report: Report, captions_cut: int, seconds: float) -> str:
-    """Return the last lines: what was made, how fast, and where the rejected clips are listed."""
-    done = "nothing to do"
-    if report.encoded:
-        done = f"{report.encoded} encoded"
-    end = (
-        report.store.describe()
-        if report.store
-        else f"share {options.shard} of {options.output}, no index yet"
-    )
+def summary(options: Options, report: Report, where: str, captions_cut: int, seconds: float) -> str:
+    """Return the last lines: what was made, `where` if it is no whole store, how fast, and what was not."""
+    done = f"{report.encoded} encoded" if report.encoded else "nothing to do"
+    end = report.store.describe() if report.store else where
     lines = [
         f"{done}, {report.kept} kept, {len(report.rejected)} rejected, {captions_cut} captions cut; {end}"
     ]
@@ -228,5 +224,13 @@ def open_text(options: Options, device: torch.device) -> tuple[TextEncoder, int]
     return text, length
 
 
+def rank_of_this() -> int:
+    """Return this process's rank, 0 where the launcher's variables make no sense: main will say so."""
+    try:
+        return tasks().rank
+    except ValueError:
+        return 0
+
+
 if __name__ == "__main__":
-    run(main, PROG, rank=tasks().rank)
+    run(main, PROG, rank=rank_of_this())

@@ -96,6 +96,29 @@ def test_two_ranks_make_the_store_of_one_also_after_one_was_killed(media: Path, 
     ]
 
 
+def test_ranks_divide_a_share_of_a_job_array_and_a_last_call_finishes(
+    media: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = tmp_path / "one.csv"
+    one.write_text("video,prompt\nlong.mkv,caption of long.mkv\n")
+    words = ["--input", str(one), "--root", str(media), "--output", str(tmp_path / "s"), *FLAGS]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for share, rank, made in (
+        ("1/2", "1", "nothing to do"),
+        ("0/2", "1", "nothing to do"),
+        ("0/2", "0", "2 enc"),
+    ):
+        monkeypatch.setenv("RANK", rank)
+        encode_dataset([*words, "--shard", share])
+        number = int(share[0]) + 2 * int(rank)
+        said = capsys.readouterr().out
+        assert made in said and f"share {number}/4 of" in said and not (tmp_path / "s/ranks").exists()
+    monkeypatch.delenv("RANK")
+    monkeypatch.delenv("WORLD_SIZE")
+    encode_dataset(words)
+    assert "nothing to do, 2 kept" in capsys.readouterr().out and len(LatentStore(tmp_path / "s")) == 2
+
+
 def gathered(store: Path, size: int, say: list[Any], timeout: float = 20) -> list[Any]:
     """Return what each rank's gather returned or raised, all at once; None in `say`: no such rank."""
     found: list[Any] = [None] * size
