@@ -2,6 +2,8 @@
 
     python tools/encode_dataset.py --input my_videos --output my_latents --vae Wan2.1_VAE.pth \\
         --text_encoder models_t5_umt5-xxl-enc-bf16.pth --tokenizer google/umt5-xxl
+
+On several GPUs: torchrun --nproc_per_node 8 tools/encode_dataset.py ..., or srun (docs/data.md).
 """
 
 import contextlib

@@ -11,6 +11,7 @@ the difference.
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -151,7 +152,10 @@ class StoreWriter:
                     file.unlink()
             elif file.name.startswith("shard_") and file.suffix == ".safetensors":
                 self._take_over(file)
-            elif file.name not in (INDEX, EMPTY, "rejected.jsonl", RANKS):
+            elif file.name == RANKS:
+                if not part:  # what ranks that were killed left behind
+                    shutil.rmtree(file)
+            elif file.name not in (INDEX, EMPTY, "rejected.jsonl"):
                 raise ValueError(
                     f"{path}: holds {file.name}, which is not a latent store's; give a new folder"
                 )

@@ -20,6 +20,7 @@ PROMPT_COLUMNS = ("prompt", "text", "caption")
 METADATA_NAMES = ("metadata.csv", "metadata.json", "metadata.jsonl")
 CLIP_SUFFIXES = (*VIDEOS, *IMAGES)
 LONGEST_FIELD = 1 << 20
+PLACES_NAMED = 20
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def read_manifest(path: Path, *, root: Path | None = None, allow_outside_root: b
     it).
 
     Raises FileNotFoundError or ValueError naming file and row for whatever is missing, malformed or outside
-    the root.
+    the root; of several such rows it gives the first's mistake and the others' numbers.
     """
     if path.is_dir():
         listed = next((path / name for name in METADATA_NAMES if (path / name).is_file()), None)
@@ -70,6 +71,7 @@ def read_manifest(path: Path, *, root: Path | None = None, allow_outside_root: b
     first_column, prompt_column = _columns(path, records[0])
     used: dict[str, None] = {}
     rows = []
+    mistakes: dict[str, str] = {}
     for number, record in enumerate(records, 1):
         where = f"{path} row {number}"
         # Lists of videos and images have a column for each, and leave one of them blank.
@@ -77,9 +79,13 @@ def read_manifest(path: Path, *, root: Path | None = None, allow_outside_root: b
             (name for name in FILE_COLUMNS if record.get(name) not in (None, "")), first_column
         )
         used[file_column] = None
-        file = _field(record, file_column, where)
-        prompt = _field(record, prompt_column, where)
-        rows.append(Row(resolve_inside(root, file, where, allow_outside_root), prompt, number))
+        try:
+            file = _field(record, file_column, where)
+            prompt = _field(record, prompt_column, where)
+            rows.append(Row(resolve_inside(root, file, where, allow_outside_root), prompt, number))
+        except ValueError as error:
+            mistakes[f"row {number}"] = str(error)
+    _raise_for(mistakes)
     columns = f"{' or '.join(used)} and {prompt_column}"
     return Manifest(root, tuple(rows), f"{path.name}, columns {columns}, {len(rows)} rows")
 
@@ -163,26 +169,41 @@ def _sidecars(folder: Path, allow_outside_root: bool) -> Manifest:
             f" ({' '.join(CLIP_SUFFIXES)}) with .txt captions"
         )
     rows = []
+    mistakes: dict[str, str] = {}
     for number, clip in enumerate(clips, 1):
-        where = f"{clip}"
-        caption = clip.with_suffix(".txt")
-        if not caption.is_file():
-            raise ValueError(f"{where}: has no caption file {caption.name} beside it")
-        try:
-            prompt = caption.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError:
-            raise ValueError(f"{caption}: is not UTF-8 text") from None
         relative = str(clip.relative_to(folder))
-        rows.append(
-            Row(
-                resolve_inside(folder.resolve(), relative, where, allow_outside_root),
-                _text(prompt, "caption", where),
-                number,
-            )
-        )
+        try:
+            prompt = _caption_beside(clip)
+            file = resolve_inside(folder.resolve(), relative, str(clip), allow_outside_root)
+            rows.append(Row(file, prompt, number))
+        except ValueError as error:
+            mistakes[relative] = str(error)
+    _raise_for(mistakes)
     return Manifest(
         folder.resolve(), tuple(rows), f"folder {folder.name}, {len(rows)} clips with .txt captions"
     )
+
+
+def _caption_beside(clip: Path) -> str:
+    caption = clip.with_suffix(".txt")
+    if not caption.is_file():
+        raise ValueError(f"{clip}: has no caption file {caption.name} beside it")
+    try:
+        return _text(caption.read_text(encoding="utf-8-sig"), "caption", str(clip))
+    except UnicodeDecodeError:
+        raise ValueError(f"{caption}: is not UTF-8 text") from None
+
+
+def _raise_for(mistakes: dict[str, str]) -> None:
+    """Raise ValueError with the first mistake and the places of the others, so that all are mended."""
+    if not mistakes:
+        return
+    _, *others = mistakes
+    text = next(iter(mistakes.values()))
+    if others:
+        named = ", ".join(others[:PLACES_NAMED]) + (", ..." if len(others) > PLACES_NAMED else "")
+        text += f" (and {len(others)} more mistakes: {named})"
+    raise ValueError(text)
 
 
 def _columns(path: Path, record: dict[str, Any]) -> tuple[str, str]:

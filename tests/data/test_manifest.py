@@ -110,6 +110,19 @@ def test_mistakes_name_file_and_row(tmp_path: Path, name: str, content: str | by
     assert name in str(caught.value) and words in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_all_mistakes_are_counted_and_their_rows_named(tmp_path: Path) -> None:
+    rows = ["a.mp4,one", "a.mp4, ", "../b.mp4,two", "b.mp4,", *["b.mp4,"] * 40]
+    file = table(tmp_path, "m.csv", "video,prompt\n" + "\n".join(rows) + "\n")
+    with pytest.raises(
+        ValueError, match=r"row 2: prompt is blank \(and 42 more mistakes: row 3, row 4, .*\.\.\.\)$"
+    ):
+        read_manifest(file)
+    file.unlink()
+    (tmp_path / "a.txt").write_text(" \n")
+    with pytest.raises(ValueError, match=r"a.mp4: caption is blank \(and 1 more mistakes: b.mp4\)$"):
+        read_manifest(tmp_path)
+
+
 def test_links_may_not_lead_out_unless_allowed(tmp_path: Path) -> None:
     inside, outside = tmp_path / "in", tmp_path / "out"
     inside.mkdir()

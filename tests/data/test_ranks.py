@@ -78,6 +78,7 @@ def test_two_ranks_make_the_store_of_one_also_after_one_was_killed(media: Path, 
     (code, _, said), (killed, _, _) = ended(ranks)
     assert killed == -signal.SIGKILL and code == 2 and not (store / "index.json").exists()
     assert said.count("\n") == 1 and "rank 1 of 2 gave no sign of life for 3 s" in said, said
+    assert (store / "ranks").is_dir()
     first, second = ended([start(rank, media, store) for rank in (0, 1)])
     assert (first[0], second) == (0, (0, "", "")), (first, second)
     assert f" {len(LatentStore(store))} samples, " in first[1]
@@ -113,10 +114,12 @@ def test_ranks_divide_a_share_of_a_job_array_and_a_last_call_finishes(
         number = int(share[0]) + 2 * int(rank)
         said = capsys.readouterr().out
         assert made in said and f"share {number}/4 of" in said and not (tmp_path / "s/ranks").exists()
+    (tmp_path / "s/ranks").mkdir()  # as killed ranks leave it
     monkeypatch.delenv("RANK")
     monkeypatch.delenv("WORLD_SIZE")
     encode_dataset(words)
     assert "nothing to do, 2 kept" in capsys.readouterr().out and len(LatentStore(tmp_path / "s")) == 2
+    assert not (tmp_path / "s/ranks").exists()
 
 
 def gathered(store: Path, size: int, say: list[Any], timeout: float = 20) -> list[Any]:
