@@ -144,21 +144,15 @@ class StoreWriter:
         self._shards: list[str] = []
         self._pending: dict[str, Tensor] = {}
         self._pending_rows: list[dict[str, Any]] = []
-        if path.exists() and not path.is_dir():
-            raise ValueError(f"{path}: exists and is not a folder")
+        check_folder(path)
         for file in sorted(path.glob("*")) if path.is_dir() else []:
             if file.name.endswith(".tmp"):
                 if file.name.startswith(self._prefix) or not part:
                     file.unlink()
             elif file.name.startswith("shard_") and file.suffix == ".safetensors":
                 self._take_over(file)
-            elif file.name == RANKS:
-                if not part:  # what ranks that were killed left behind
-                    shutil.rmtree(file)
-            elif file.name not in (INDEX, EMPTY, "rejected.jsonl"):
-                raise ValueError(
-                    f"{path}: holds {file.name}, which is not a latent store's; give a new folder"
-                )
+            elif file.name == RANKS and not part:  # what ranks that were killed left behind
+                shutil.rmtree(file)
 
     def _take_over(self, file: Path) -> None:
         try:
@@ -252,6 +246,17 @@ class StoreWriter:
         """Drop what is not in a whole shard: a shard's contents depend on the order alone, not on
         interruptions."""
         self._pending, self._pending_rows = {}, []
+
+
+def check_folder(path: Path) -> None:
+    """Raise ValueError when a folder holds what is not a latent store's, before anything in it is touched."""
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path}: exists and is not a folder")
+    for file in sorted(path.glob("*")) if path.is_dir() else []:
+        name = file.name.removesuffix(".tmp")
+        shard = name.startswith("shard_") and name.endswith(".safetensors")
+        if not shard and name not in (INDEX, EMPTY, "rejected.jsonl") and file.name != RANKS:
+            raise ValueError(f"{path}: holds {file.name}, which is not a latent store's; give a new folder")
 
 
 def _read_index(path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megawan.data.latents import RANKS
+from megawan.data.latents import RANKS, check_folder
 from megawan.files import write_json
 
 BEAT_S = 5.0  # how often a rank says that it is getting on
@@ -28,6 +28,7 @@ class Ranks:
     """This rank among `size` that fill `store`; ValueError when another gives no sign for `timeout` s."""
 
     def __init__(self, store: Path, rank: int, size: int, timeout: float) -> None:
+        """Raises ValueError for a folder that holds anything but a store, and leaves it as it is."""
         if timeout <= 0:
             raise ValueError(f"the time-out of the ranks must be above 0 s; given: {timeout:g}")
         self.rank = rank
@@ -38,8 +39,7 @@ class Ranks:
         # "done": what it did; "failed": why it gives up; "heard": the nonces of those that rank 0 has heard.
         self._said: dict[str, Any] = {"is": os.urandom(8).hex(), "hears": None, "at": 0}
         self._last_beat = time.monotonic()
-        if store.exists() and not store.is_dir():
-            raise ValueError(f"{store}: exists and is not a folder")
+        check_folder(store)
         self._folder.mkdir(parents=True, exist_ok=True)
         self._say()
 

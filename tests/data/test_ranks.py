@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from megawan.data.encoding import REJECTED
-from megawan.data.latents import LatentStore
+from megawan.data.latents import LatentStore, StoreWriter
 from megawan.data.ranks import Ranks
 from megawan.dist import tasks
 from tests.commands import ROOT
@@ -168,6 +168,16 @@ def test_a_rank_that_gives_up_says_so(tmp_path: Path) -> None:
     first.fail("no weights of rank 1")
     with pytest.raises(ValueError, match="rank 0 of 2 failed: no weights of rank 1"):
         second.gather({})
+
+
+def test_a_folder_that_is_no_store_stays_as_it_is(tmp_path: Path) -> None:
+    for name in ("film.tmp", "note.txt"):
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match="holds film.tmp, which is not a latent store's"):
+        Ranks(tmp_path, 0, 2, 20)
+    with pytest.raises(ValueError, match="holds film.tmp, which is not a latent store's"):
+        StoreWriter(tmp_path, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["film.tmp", "note.txt"]
 
 
 def test_the_launcher_says_which_rank_this_is() -> None:
