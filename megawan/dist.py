@@ -50,6 +50,19 @@ def environment(variables: Mapping[str, str] | None = None) -> Environment:
     return Environment(rank, local_rank, world_size, max(1, local_world))
 
 
+def tasks(variables: Mapping[str, str] | None = None) -> Environment:
+    """Return the launcher's view of a process that works without the others: torchrun's, else srun's.
+
+    srun's step counts (SLURM_STEP_NUM_TASKS): a batch script itself also has SLURM_PROCID and SLURM_NTASKS.
+    Raises ValueError as `environment`.
+    """
+    variables = os.environ if variables is None else variables
+    if "RANK" not in variables and "SLURM_STEP_NUM_TASKS" in variables:
+        names = {"RANK": "PROCID", "WORLD_SIZE": "STEP_NUM_TASKS", "LOCAL_RANK": "LOCALID"}
+        variables = {ours: variables.get(f"SLURM_{theirs}", "0") for ours, theirs in names.items()}
+    return environment(variables)
+
+
 def _whole_number(name: str, text: str) -> int:
     if not text.isdecimal():
         raise ValueError(

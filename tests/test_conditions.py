@@ -24,6 +24,7 @@ from megawan.models.variants import get_variant
 from megawan.rng import generator_at
 from tests.commands import ROOT, command
 from tools.encode_dataset import Options, open_image
+from tools.encode_dataset import main as encode_dataset
 
 SIZE = ClipSize(5, 32, 32, None)
 
@@ -222,11 +223,25 @@ def test_a_store_with_conditions_trains_an_image_model(tmp_path: Path) -> None:
     assert "step 2/2 | loss " in trained.out and "nan" not in trained.out
 
 
+def test_a_store_without_clip_features_trains_an_a14b_image_model(tmp_path: Path) -> None:
+    manifest_of(tmp_path / "clips", 2)
+    size = ("--num_frames", "5", "--height", "32", "--width", "32")
+    words = ("--input", str(tmp_path / "clips"), "--output", str(tmp_path / "store"), "--codec", "dct", *size)
+    encode_dataset([*words, "--variant", "debug-i2v-A14B-high"])
+    store = LatentStore(tmp_path / "store")
+    assert store.describe().endswith("i2v condition")
+    sample = store[0]
+    assert sample.clip is None and sample.condition is not None and sample.condition.shape == (20, 2, 4, 4)
+    run = ("--variant", "debug-i2v-A14B-high", "--data.path", "store", "--output", "run", "--steps", "2")
+    trained = command(ROOT / "megawan/train.py", *run, cwd=tmp_path, timeout=300)
+    assert trained.code == 0, trained.err[-3000:]
+    assert "step 2/2 | loss " in trained.out and "nan" not in trained.out
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         ({"image_encoder": "debug"}, "name one with --variant"),
-        ({"variant": "debug-flf2v", "image_encoder": "debug", "num_frames": 1}, "--num_frames 5"),
         ({"variant": "i2v-15B"}, "i2v-14B-480P"),
     ],
 )

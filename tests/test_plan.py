@@ -238,6 +238,8 @@ def test_the_lines_of_a_plan_hold_its_arithmetic(name: str) -> None:
     assert model == f"model: {name}, {parameters:,} parameters, 6 heads, from random weights of seed 0"
     extras = {
         "debug-i2v": ", condition [20, 3, 8, 8], clip [257, 1280]",
+        "debug-i2v-A14B-high": ", condition [20, 3, 8, 8]",
+        "debug-i2v-A14B-low": ", condition [20, 3, 8, 8]",
         "debug-flf2v": ", condition [20, 3, 8, 8], clip [514, 1280]",
         "debug-control": ", condition [32, 3, 8, 8], clip [257, 1280]",
     }.get(name, "")

@@ -88,7 +88,7 @@ def main(argv: Sequence[str]) -> None:
         if options.histogram is not None and options.histogram.suffix.lower() != ".png":
             raise ValueError(f"--histogram {options.histogram} must end in .png")
         variant = get_variant(options.variant)
-        size = clip_size(options, variant.vae_stride)
+        size = clip_size(options, variant.vae_stride, still_images=variant.task != "flf2v")
         manifest = read_manifest(
             options.input, root=options.root, allow_outside_root=options.allow_outside_root
         )

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from megawan.data.buckets import Bucket, Budget, Stride, halving_lengths
-from megawan.data.video import BadClip, Frames, TooShort, read_windows
+from megawan.data.video import BadClip, Frames, TooShort, pictures, read_windows
 
 # Pixels per latent position of the codecs, by name: known before any weights are read.
 CODEC_STRIDES: Mapping[str, Stride] = MappingProxyType(
@@ -36,14 +36,20 @@ class ClipSize:
     """Most windows of a clip, from its start on; None for all that are whole."""
     window_stride: int | None = None
     """Frames from the start of a window to the next; None: as long as a window, so none overlap."""
+    spread: bool = False
+    """The windows are spread evenly from the start of a clip to its end, instead of following each other."""
+    least: int = 1
+    """Fewest frames of a sample: 2 for a model that needs a first and a last one, so it takes no images."""
 
     def length_of(self, frames: int, still: bool = False) -> int | None:
         """Return the frames of a window of a clip of so many frames, None when they are too few."""
         if still:
-            return 1
-        if self.budget is not None:
-            return self.budget.length_of(frames)
-        return self.num_frames if frames >= self.num_frames else None
+            length: int | None = 1
+        elif self.budget is not None:
+            length = self.budget.length_of(frames)
+        else:
+            length = self.num_frames if frames >= self.num_frames else None
+        return length if length is not None and length >= self.least else None
 
     def size_of(self, length: int, height: int, width: int) -> tuple[int, int]:
         """Return (height, width) of windows of `length` frames of height x width; ValueError: none fits."""
@@ -65,9 +71,28 @@ class ClipSize:
                 "max_upscale": self.budget.max_upscale,
             }
         settings["fps"] = self.fps
-        if self.windows != 1:
+        if self.spread:
+            settings |= {"windows": self.windows, "window_placement": "uniform"}
+        elif self.windows != 1:
             settings |= {"windows": self.windows or "all", "window_stride": self.window_stride}
         return settings
+
+    def fewest_frames(self, still: bool = False) -> int:
+        """Return how many frames a clip needs at least, for messages."""
+        if still:
+            return self.least
+        lengths = self.budget.lengths if self.budget else (self.num_frames,)
+        return min(length for length in lengths if length >= self.least)
+
+    def starts_of(self, frames: int, length: int) -> list[int]:
+        """Return where windows of `length` frames start in a clip of so many frames, ascending."""
+        last = frames - length
+        if not self.spread:
+            starts = range(0, last + 1, self.window_stride or length)
+            return list(starts if self.windows is None else starts[: self.windows])
+        gaps = (self.windows or 1) - 1
+        # Rounded down, in whole numbers; a clip with fewer places than windows gives each place once.
+        return list(dict.fromkeys(number * last // gaps for number in range(gaps + 1))) if gaps else [0]
 
 
 @dataclass(frozen=True)
@@ -88,9 +113,13 @@ def cut(path: Path, size: ClipSize) -> Iterator[Window]:
     """Yield the windows of a file, at least one, in order.
 
     The longest window is tried first and its frames are decoded once; a shorter clip is read again at its own
-    length. Damage behind a whole window ends the file there; in front of one it is the file's end. Raises
-    BadClip for a file that gives none.
+    length, and windows that are spread over a clip are cut in a second reading, when its length is known.
+    Damage behind a whole window ends the file there; in front of one it is the file's end. Raises BadClip for
+    a file that gives none.
     """
+    if size.spread:
+        yield from _spread_windows(path, size)
+        return
     length = size.num_frames
     while True:
         try:
@@ -99,8 +128,9 @@ def cut(path: Path, size: ClipSize) -> Iterator[Window]:
         except TooShort as short:
             shorter = size.length_of(short.frames, short.still)
             if shorter is None or shorter >= length:
-                least = min(size.budget.lengths) if size.budget else size.num_frames
-                raise TooShort(path, least, short.frames, size.fps, short.still) from None
+                raise TooShort(
+                    path, size.fewest_frames(short.still), short.frames, size.fps, short.still
+                ) from None
             length = shorter
 
 
@@ -114,12 +144,30 @@ def plan_windows(
     """
     length = size.length_of(frames, still)
     if length is None or (damaged and length < size.num_frames and not still):
-        least = min(size.budget.lengths) if size.budget and not damaged else size.num_frames
+        least = size.num_frames if damaged else size.fewest_frames(still)
         raise ValueError(f"has {frames} frames; {least} are needed")
     bucket = Bucket(length, *size.size_of(length, height, width))
-    stride = size.window_stride or length
-    count = (frames - length) // stride + 1
-    return bucket, [number * stride for number in range(min(count, size.windows or count))]
+    return bucket, size.starts_of(frames, length)
+
+
+def _spread_windows(path: Path, size: ClipSize) -> Iterator[Window]:
+    """Yield windows spread over the clip, up to its damage if it has any: read once to count its frames."""
+    frames, still, damage = 0, False, None
+    try:
+        for picture in pictures(path, size.fps):
+            frames, still = frames + 1, picture.still
+    except BadClip as error:
+        damage = error
+    length = size.length_of(frames, still)
+    if damage and (length is None or (length < size.num_frames and not still)):
+        raise damage
+    if length is None:
+        raise TooShort(path, size.fewest_frames(still), frames, size.fps, still)
+    starts = size.starts_of(frames, length)
+    reading = read_windows(path, length, partial(size.size_of, length), size.fps, limit=None, starts=starts)
+    for number, (start, pixels) in enumerate(reading):
+        last = number + 1 == len(starts)
+        yield Window(number, start, pixels, last, damage.reason if damage and last else None)
 
 
 def _windows(path: Path, size: ClipSize, length: int) -> Iterator[Window]:
@@ -176,10 +224,16 @@ class CutOptions:
     window_stride: int | None = None
     """Frames from the start of a window to the next, after resampling; fewer than a window has make them
     overlap. Default: the window's own length."""
+    window_placement: Literal["start", "uniform"] = "start"
+    """start: windows are counted from the clip's start. uniform: --windows N (2 or more) of them are spread
+    evenly, the first at its start, the last at its end; in a short clip they overlap."""
 
 
-def clip_size(options: CutOptions, stride: Stride) -> ClipSize:
-    """Return what the flags ask for, for a codec of `stride`. Raises ValueError naming the flag."""
+def clip_size(options: CutOptions, stride: Stride, *, still_images: bool = True) -> ClipSize:
+    """Return what the flags ask for, for a codec of `stride`; without `still_images` they are left out.
+
+    Raises ValueError naming the flag.
+    """
     if options.num_frames < 1 or (options.num_frames - 1) % stride[0]:
         raise ValueError(f"--num_frames {options.num_frames} must be {stride[0]}n+1")
     for name, value, step in (
@@ -193,6 +247,13 @@ def clip_size(options: CutOptions, stride: Stride) -> ClipSize:
         raise ValueError(f"--window_stride {options.window_stride} must be 1 or more")
     if options.window_stride is not None and windows == 1:
         raise ValueError("--window_stride means nothing with one window; give --windows N or all")
+    if not still_images and options.num_frames == 1:
+        raise ValueError("a model of first and last frame needs two frames; give --num_frames 5 or more")
+    spread = options.window_placement == "uniform"
+    if spread and (windows is None or windows < 2):
+        raise ValueError(f"--window_placement uniform needs --windows 2 or more, not {options.windows}")
+    if spread and options.window_stride is not None:
+        raise ValueError("--window_stride means nothing with --window_placement uniform; give one of them")
     return ClipSize(
         options.num_frames,
         options.height,
@@ -201,6 +262,8 @@ def clip_size(options: CutOptions, stride: Stride) -> ClipSize:
         _budget(options, stride),
         windows,
         options.window_stride,
+        spread,
+        1 if still_images else 2,
     )
 
 

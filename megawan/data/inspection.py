@@ -57,6 +57,8 @@ class Look:
     """[THUMB, THUMB], where the first picture has edges."""
     signature: NDArray[np.uint8]
     """[3, 8, 8, 3], the first, middle and last picture, very small."""
+    remarks: tuple[str, ...] = ()
+    """What the reader of the file noticed."""
 
 
 @dataclass
@@ -131,6 +133,7 @@ def look(path: Path, fps: float | None) -> Look:
     height = width = 0
     decoded, lasts, still = 0, 0.0, False
     damage: str | None = None
+    remarks: dict[str, None] = {}
 
     def count(picture: Picture) -> None:
         nonlocal decoded, lasts
@@ -141,6 +144,8 @@ def look(path: Path, fps: float | None) -> Look:
             if not thumbs:
                 height, width = picture.pixels.shape[:2]
                 still = picture.still
+            if picture.remark:
+                remarks[picture.remark] = None
             thumbs.append(thumbs[-1] if picture.repeated else _thumb(picture.pixels))
     except BadClip as error:
         if not thumbs:
@@ -167,6 +172,7 @@ def look(path: Path, fps: float | None) -> Look:
         tuple(int(place) + 1 for place in np.flatnonzero(cut)),
         np.hypot(down, right).astype(np.float32),
         np.stack([_average(thumb, 8) for thumb in chosen]),
+        tuple(remarks),
     )
 
 
@@ -198,6 +204,7 @@ def _judge(checked: Checked, seen: Look, size: ClipSize, stride: Stride) -> None
         f"enlarged {enlarged:.2g} times": enlarged > 1.01,
     }
     checked.warnings += [note for note, applies in notes.items() if applies]
+    checked.warnings += seen.remarks
 
 
 def _detail_kept(seen: Look, bucket: Bucket) -> float:

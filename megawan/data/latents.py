@@ -11,6 +11,7 @@ the difference.
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +28,7 @@ FORMAT = "megawan-latents"
 VERSION = 1
 INDEX = "index.json"
 EMPTY = "empty.safetensors"
+RANKS = "ranks"  # how the ranks of one encode find each other: megawan/data/ranks.py
 SHARD_BYTES = 1 << 30
 REQUIRED = ("format", "version", "settings", "samples", "shards")
 
@@ -142,18 +144,15 @@ class StoreWriter:
         self._shards: list[str] = []
         self._pending: dict[str, Tensor] = {}
         self._pending_rows: list[dict[str, Any]] = []
-        if path.exists() and not path.is_dir():
-            raise ValueError(f"{path}: exists and is not a folder")
+        check_folder(path)
         for file in sorted(path.glob("*")) if path.is_dir() else []:
             if file.name.endswith(".tmp"):
                 if file.name.startswith(self._prefix) or not part:
                     file.unlink()
             elif file.name.startswith("shard_") and file.suffix == ".safetensors":
                 self._take_over(file)
-            elif file.name not in (INDEX, EMPTY, "rejected.jsonl"):
-                raise ValueError(
-                    f"{path}: holds {file.name}, which is not a latent store's; give a new folder"
-                )
+            elif file.name == RANKS and not part:  # what ranks that were killed left behind
+                shutil.rmtree(file)
 
     def _take_over(self, file: Path) -> None:
         try:
@@ -183,8 +182,13 @@ class StoreWriter:
         """Return what the index will say of the samples that are safely in a shard, by key."""
         return {row["key"]: row for row in self._rows}
 
-    def add(self, key: str, tensors: Mapping[str, Tensor], row: Mapping[str, Any]) -> None:
-        """Add one sample: tensors "latents", "text" (+ "clip", "condition") and what the index says of it."""
+    def add(
+        self, key: str, tensors: Mapping[str, Tensor], row: Mapping[str, Any], *, more: bool = False
+    ) -> None:
+        """Add one sample: tensors "latents", "text" (+ "clip", "condition") and what the index says of it.
+
+        With `more` the next sample goes into the same shard: they were encoded together.
+        """
         # Copies: captions that several clips share are one tensor, and safetensors saves none twice.
         stored = {
             f"{key}.{name}": value.detach().to("cpu", torch.float32, copy=True)
@@ -194,7 +198,7 @@ class StoreWriter:
         extras = {name: True for name in tensors if name not in ("latents", "text")}
         self._pending.update(stored)
         self._pending_rows.append({"key": key, "shape": list(tensors["latents"].shape), **row, **extras})
-        if sum(value.nbytes for value in self._pending.values()) >= self._shard_bytes:
+        if not more and sum(value.nbytes for value in self._pending.values()) >= self._shard_bytes:
             self.flush()
 
     def flush(self) -> None:
@@ -242,6 +246,17 @@ class StoreWriter:
         """Drop what is not in a whole shard: a shard's contents depend on the order alone, not on
         interruptions."""
         self._pending, self._pending_rows = {}, []
+
+
+def check_folder(path: Path) -> None:
+    """Raise ValueError when a folder holds what is not a latent store's, before anything in it is touched."""
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path}: exists and is not a folder")
+    for file in sorted(path.glob("*")) if path.is_dir() else []:
+        name = file.name.removesuffix(".tmp")
+        shard = name.startswith("shard_") and name.endswith(".safetensors")
+        if not shard and name not in (INDEX, EMPTY, "rejected.jsonl") and file.name != RANKS:
+            raise ValueError(f"{path}: holds {file.name}, which is not a latent store's; give a new folder")
 
 
 def _read_index(path: Path) -> dict[str, Any]:

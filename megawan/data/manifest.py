@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megawan.data.video import IMAGES, VIDEOS
+
 FILE_COLUMNS = ("video", "file_path", "file_name", "video_path", "path", "image", "image_path")
 PROMPT_COLUMNS = ("prompt", "text", "caption")
 METADATA_NAMES = ("metadata.csv", "metadata.json", "metadata.jsonl")
-CLIP_SUFFIXES = (
-    *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".flv", ".wmv"),
-    *(".gif", ".png", ".jpg", ".jpeg", ".webp", ".bmp"),
-)
+CLIP_SUFFIXES = (*VIDEOS, *IMAGES)
 LONGEST_FIELD = 1 << 20
+PLACES_NAMED = 20
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,12 @@ def read_manifest(path: Path, *, root: Path | None = None, allow_outside_root: b
     it).
 
     Raises FileNotFoundError or ValueError naming file and row for whatever is missing, malformed or outside
-    the root.
+    the root; of several such rows it gives the first's mistake and the others' numbers.
     """
     if path.is_dir():
         listed = next((path / name for name in METADATA_NAMES if (path / name).is_file()), None)
         if listed is None:
-            return _sidecars(path)
+            return _sidecars(path, allow_outside_root)
         path = listed
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file or folder")
@@ -71,6 +71,7 @@ def read_manifest(path: Path, *, root: Path | None = None, allow_outside_root: b
     first_column, prompt_column = _columns(path, records[0])
     used: dict[str, None] = {}
     rows = []
+    mistakes: dict[str, str] = {}
     for number, record in enumerate(records, 1):
         where = f"{path} row {number}"
         # Lists of videos and images have a column for each, and leave one of them blank.
@@ -78,9 +79,13 @@ def read_manifest(path: Path, *, root: Path | None = None, allow_outside_root: b
             (name for name in FILE_COLUMNS if record.get(name) not in (None, "")), first_column
         )
         used[file_column] = None
-        file = _field(record, file_column, where)
-        prompt = _field(record, prompt_column, where)
-        rows.append(Row(resolve_inside(root, file, where, allow_outside_root), prompt, number))
+        try:
+            file = _field(record, file_column, where)
+            prompt = _field(record, prompt_column, where)
+            rows.append(Row(resolve_inside(root, file, where, allow_outside_root), prompt, number))
+        except ValueError as error:
+            mistakes[f"row {number}"] = str(error)
+    _raise_for(mistakes)
     columns = f"{' or '.join(used)} and {prompt_column}"
     return Manifest(root, tuple(rows), f"{path.name}, columns {columns}, {len(rows)} rows")
 
@@ -124,7 +129,7 @@ def _csv_rows(path: Path, text: str) -> list[dict[str, Any]]:
 
 def _json_rows(path: Path, text: str) -> list[dict[str, Any]]:
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_unrepeated)
     except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and deep nesting
         raise ValueError(f"{path}: not JSON ({error})") from None
     if not isinstance(value, list) or not all(isinstance(record, dict) for record in value):
@@ -134,11 +139,11 @@ def _json_rows(path: Path, text: str) -> list[dict[str, Any]]:
 
 def _jsonl_rows(path: Path, text: str) -> list[dict[str, Any]]:
     rows = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines also splits at U+2028 inside a caption
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = json.loads(line, object_pairs_hook=_unrepeated)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} line {number}: not JSON ({error})") from None
         if not isinstance(record, dict):
@@ -147,7 +152,16 @@ def _jsonl_rows(path: Path, text: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _sidecars(folder: Path) -> Manifest:
+def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object's fields; JSON would let the last of two of a name win, in silence."""
+    record = dict(pairs)
+    if len(record) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"names {next(name for name in names if names.count(name) > 1)!r} twice")
+    return record
+
+
+def _sidecars(folder: Path, allow_outside_root: bool) -> Manifest:
     clips = sorted(file for file in folder.rglob("*") if file.suffix.lower() in CLIP_SUFFIXES)
     if not clips:
         raise ValueError(
@@ -155,22 +169,41 @@ def _sidecars(folder: Path) -> Manifest:
             f" ({' '.join(CLIP_SUFFIXES)}) with .txt captions"
         )
     rows = []
+    mistakes: dict[str, str] = {}
     for number, clip in enumerate(clips, 1):
-        where = f"{clip}"
-        caption = clip.with_suffix(".txt")
-        if not caption.is_file():
-            raise ValueError(f"{where}: has no caption file {caption.name} beside it")
-        try:
-            prompt = caption.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError:
-            raise ValueError(f"{caption}: is not UTF-8 text") from None
         relative = str(clip.relative_to(folder))
-        rows.append(
-            Row(resolve_inside(folder.resolve(), relative, where), _text(prompt, "caption", where), number)
-        )
+        try:
+            prompt = _caption_beside(clip)
+            file = resolve_inside(folder.resolve(), relative, str(clip), allow_outside_root)
+            rows.append(Row(file, prompt, number))
+        except ValueError as error:
+            mistakes[relative] = str(error)
+    _raise_for(mistakes)
     return Manifest(
         folder.resolve(), tuple(rows), f"folder {folder.name}, {len(rows)} clips with .txt captions"
     )
+
+
+def _caption_beside(clip: Path) -> str:
+    caption = clip.with_suffix(".txt")
+    if not caption.is_file():
+        raise ValueError(f"{clip}: has no caption file {caption.name} beside it")
+    try:
+        return _text(caption.read_text(encoding="utf-8-sig"), "caption", str(clip))
+    except UnicodeDecodeError:
+        raise ValueError(f"{caption}: is not UTF-8 text") from None
+
+
+def _raise_for(mistakes: dict[str, str]) -> None:
+    """Raise ValueError with the first mistake and the places of the others, so that all are mended."""
+    if not mistakes:
+        return
+    _, *others = mistakes
+    text = next(iter(mistakes.values()))
+    if others:
+        named = ", ".join(others[:PLACES_NAMED]) + (", ..." if len(others) > PLACES_NAMED else "")
+        text += f" (and {len(others)} more mistakes: {named})"
+    raise ValueError(text)
 
 
 def _columns(path: Path, record: dict[str, Any]) -> tuple[str, str]:

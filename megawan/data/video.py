@@ -4,15 +4,20 @@ Nothing about a file is believed before it is decoded: the container must be one
 other file, its declared size is capped, and its frames are counted by decoding them. Frames are resized one
 by one, so a clip costs memory for what is kept. An image is a video of one frame, an animated one (GIF, WebP,
 PNG) a video.
+
+A frame is what a player shows: turned and mirrored as its file says, with square pixels, the colours of its
+own matrix and range, and white where it is transparent.
 """
 
 import contextlib
+import itertools
 import os
+import re
 import struct
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -30,12 +35,18 @@ Frames = NDArray[np.uint8]  # [T, H, W, 3], or one frame [H, W, 3]
 # FFmpeg's names of what mp4, mov, mkv, webm, avi, gif, flv and wmv files hold. Playlists (concat, hls, dash),
 # which would open other files, are not here: a file that is one is refused whatever its name ends in.
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,flv,asf"
+VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".flv", ".wmv", ".gif")
 IMAGES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"}
+# How such a file begins, for one whose name does not say it: downloaded datasets are links to nameless files.
+IMAGE_STARTS = (rb"\x89PNG\r\n\x1a\n", rb"\xff\xd8\xff", rb"RIFF.{4}WEBP")
+HDR = {16: "PQ", 18: "HLG"}  # transfer functions, by FFmpeg's number
 MAX_SIDE = 8192
 MAX_PIXELS = 8192 * 4608
 MAX_FRAMES = 200_000
 MAX_BYTES_KEPT = 4 << 30
 MAX_SECONDS = 600.0  # that decoding one file may take in all
+TRANSPARENT = "transparent: shown on white"
+UNREAD = "transparent, which is not read: the colours behind show"
 UNTIMED = 0.1  # seconds that a picture of an animation stays when it says 0, as in browsers
 CRF = 12  # visually lossless: what is written here is looked at and measured, not streamed
 
@@ -73,6 +84,8 @@ class Picture:
     """The same picture as the one before, which stays on screen."""
     still: bool = False
     """The file is an image that does not move."""
+    remark: str = ""
+    """What is not as a training wants it, though it can be shown."""
 
 
 def read_clip(path: Path, num_frames: int, height: int, width: int, fps: float | None) -> Frames:
@@ -126,12 +139,14 @@ def read_windows(
     *,
     stride: int | None = None,
     limit: int | None = 1,
+    starts: Sequence[int] | None = None,
 ) -> Generator[tuple[int, Frames], None, None]:
     """Yield (start, frames [num_frames, height, width, 3]) of every window of a file, cut as by `read_clip`.
 
     Windows start every `stride` frames (default: num_frames, so that they follow each other), counted after
-    resampling; `limit` stops after so many, None takes all that are whole. `fit` gives the (height, width) of
-    the windows for the size of the first frame. The file is decoded once and no further than needed.
+    resampling, or at the ascending `starts`; `limit` stops after so many, None takes all that are whole.
+    `fit` gives the (height, width) of the windows for the size of the first frame. The file is decoded once
+    and no further than needed.
 
     Raises TooShort when there is not one window, BadClip where a file cannot be decoded any further (the
     windows before that have been given) and for whatever `fit` raises as ValueError.
@@ -143,7 +158,8 @@ def read_windows(
     step = num_frames if stride is None else stride
     if step < 1 or (limit is not None and limit < 1):
         raise ValueError(f"windows and their stride must be 1 or more; given: {limit} and {stride}")
-    start, seen, given, still = 0, 0, 0, False
+    coming = itertools.count(0, step) if starts is None else iter(starts)
+    start, seen, given, still = next(coming), 0, 0, False
     size: tuple[int, int] | None = None
     kept: deque[Frames] = deque()
     for frame in pictures(path, fps):
@@ -156,11 +172,12 @@ def read_windows(
         if len(kept) == num_frames:
             yield start, np.stack(kept)
             given += 1
-            if given == limit:
+            later = None if given == limit else next(coming, None)
+            if later is None:
                 return
-            start += step
-            for _ in range(min(step, num_frames)):
+            for _ in range(min(later - start, num_frames)):
                 kept.popleft()
+            start = later
     if not given:
         raise TooShort(path, num_frames, seen, fps, still)
 
@@ -281,10 +298,23 @@ def _decoded(path: Path) -> Iterator[Picture]:
     except OSError as error:
         raise BadClip(path, f"cannot be opened ({error.strerror or error})") from None
     with file:
-        if path.suffix.lower() in IMAGES:
+        if _is_image(path, file):
             yield from _image(path, file)
         else:
             yield from _video(path, file)
+
+
+def _is_image(path: Path, file: BinaryIO) -> bool:
+    """Return whether a file is read as an image: by its name, or its beginning where that says nothing."""
+    suffix = path.suffix.lower()
+    if suffix in IMAGES or suffix in VIDEOS:
+        return suffix in IMAGES
+    try:
+        start = file.read(16)
+        file.seek(0)
+    except OSError as error:
+        raise BadClip(path, f"cannot be read ({error.strerror or error})") from None
+    return any(re.match(begin, start, re.DOTALL) for begin in IMAGE_STARTS)
 
 
 def _image(path: Path, file: BinaryIO) -> Iterator[Picture]:
@@ -313,15 +343,17 @@ def _image(path: Path, file: BinaryIO) -> Iterator[Picture]:
                 begun = time.monotonic()
                 if count > 1:
                     image.seek(number)
-                upright = np.asarray(ImageOps.exif_transpose(image.convert("RGB")))
+                clear = image.has_transparency_data
+                upright = np.asarray(ImageOps.exif_transpose(_as_rgb(image)))
+                remark = TRANSPARENT if clear else ""
                 spent += time.monotonic() - begun
                 if spent > MAX_SECONDS:
                     raise BadClip(path, f"takes more than {MAX_SECONDS:g} s to decode")
                 stays = float(image.info.get("duration", 0)) / 1000
                 if count - first == 1:
-                    yield Picture(upright, 0.0, 0.0, still=True)
+                    yield Picture(upright, 0.0, 0.0, still=True, remark=remark)
                     return
-                yield Picture(upright, now, now + (stays if stays > 0 else UNTIMED))
+                yield Picture(upright, now, now + (stays if stays > 0 else UNTIMED), remark=remark)
                 now += stays if stays > 0 else UNTIMED
                 shown += 1
     except BadClip:
@@ -337,7 +369,7 @@ def _image(path: Path, file: BinaryIO) -> Iterator[Picture]:
 
 def _video(path: Path, file: BinaryIO) -> Iterator[Picture]:
     # The open file is given, not its name: a name such as "concat:a|b" means nothing here.
-    broken = (av.error.FFmpegError, OSError, ValueError, RuntimeError, EOFError, MemoryError)
+    broken = (av.error.FFmpegError, OSError, ValueError, RuntimeError, EOFError, MemoryError, struct.error)
     with contextlib.ExitStack() as stack:
         try:
             container = stack.enter_context(
@@ -358,8 +390,10 @@ def _video(path: Path, file: BinaryIO) -> Iterator[Picture]:
             raise BadClip(path, f"is no video that can be opened ({_said(error)}; {legal})") from None
         coming = _coming(container, stream)
         moves = container.format.name != "gif"
+        # FFmpeg's own VP8 and VP9 decoders leave the transparency out.
+        hidden = UNREAD if stream.metadata.get("alpha_mode") == "1" else ""
         period = float(1 / stream.average_rate) if stream.average_rate else 0.0
-        held: tuple[Frames, float] | None = None
+        held: tuple[Frames, float, str] | None = None
         first, count, spent = None, 0, 0.0
         while True:
             begun = time.monotonic()
@@ -371,9 +405,9 @@ def _video(path: Path, file: BinaryIO) -> Iterator[Picture]:
                 if picture.is_corrupt:
                     raise BadClip(path, f"has a damaged frame, number {count}")
                 seen = float(picture.time) if picture.time is not None else count * period
-                # Phones store pictures lying, and the angle (degrees anti-clockwise) that sets them right.
-                upright = np.rot90(picture.to_ndarray(format="rgb24"), round(picture.rotation / 90))
-                pixels = np.ascontiguousarray(upright)
+                shown = _square(path, _rgb_of(picture), stream.sample_aspect_ratio)
+                pixels = np.ascontiguousarray(_upright(shown, picture))
+                remark = _remark(picture) or hidden
             except BadClip:
                 raise
             except broken as error:
@@ -389,11 +423,70 @@ def _video(path: Path, file: BinaryIO) -> Iterator[Picture]:
             if held is not None:
                 # Time never runs back, whatever the file says.
                 now = max(now, held[1])
-                yield Picture(held[0], held[1], now)
-            held = pixels, now
+                yield Picture(held[0], held[1], now, remark=held[2])
+            held = pixels, now, remark
         if held is None:
             raise BadClip(path, "has no frames")
-        yield Picture(held[0], held[1], held[1] + period, still=count == 1 and not moves)
+        yield Picture(held[0], held[1], held[1] + period, still=count == 1 and not moves, remark=held[2])
+
+
+def _rgb_of(picture: Any) -> Frames:
+    """Return the frame's colours, by FFmpeg in its own matrix and range; transparent is white."""
+    if any(component.is_alpha for component in picture.format.components):
+        return _on_white(picture.to_ndarray(format="rgba"))
+    pixels: Frames = picture.to_ndarray(format="rgb24")
+    return pixels
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    """Return an image's colours; transparent is white, and 16 bits of grey are scaled, not cut off."""
+    if image.has_transparency_data:
+        return Image.fromarray(_on_white(np.asarray(image.convert("RGBA"))))
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+    return image.convert("RGB")
+
+
+def _on_white(pixels: NDArray[np.uint8]) -> Frames:
+    colour, alpha = pixels[..., :3].astype(np.uint16), pixels[..., 3:].astype(np.uint16)
+    return ((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+
+
+def _square(path: Path, pixels: Frames, aspect: Fraction | None) -> Frames:
+    """Return the frame with square pixels; `aspect` is how much wider than high they are stored."""
+    height, width = pixels.shape[:2]
+    if not aspect or aspect <= 0:
+        return pixels
+    size = (round(width * aspect), height) if aspect > 1 else (width, round(height / aspect))
+    if size == (width, height):
+        return pixels
+    _check_size(path, *size)
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
+
+
+def _upright(pixels: Frames, picture: Any) -> Frames:
+    """Return the frame turned and mirrored as its display matrix says: phones store pictures lying.
+
+    The matrix (a, b, c, d) sends a point (x, y) to (a x + c y, b x + d y), y downwards.
+    """
+    data = picture.side_data.get("DISPLAYMATRIX")
+    if data is None:
+        return pixels
+    a, b, _, c, d = struct.unpack_from("=5i", bytes(data))
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        pixels, a, d = pixels.swapaxes(0, 1), c, b
+    return pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+
+
+def _remark(picture: Any) -> str:
+    """Return what is not as it should be about a frame that can be shown."""
+    if picture.interlaced_frame:
+        return "interlaced: each frame mixes two moments; deinterlace it first"
+    if int(picture.color_trc) in HDR:
+        return f"HDR ({HDR[int(picture.color_trc)]}), shown without tone mapping: its colours are flat"
+    if any(component.is_alpha for component in picture.format.components):
+        return TRANSPARENT
+    return ""
 
 
 def _coming(container: Any, stream: Any) -> Iterator[Any]:

@@ -11,13 +11,17 @@ CODECS = ("dct", "wan2.1", "wan2.2")
 
 
 def open_codec(
-    name: str, path: Path | None, device: torch.device | str, tile: int | None = None
+    name: str,
+    path: Path | None,
+    device: torch.device | str,
+    tile: int | None = None,
+    together: bool = False,
 ) -> VideoCodec:
     """Return the codec `name` ("dct", "wan2.1" or "wan2.2") on `device`.
 
     `path` is the VAE's weights (a diffusers folder or an original file); the weightless "dct" takes None.
-    `tile` is WanVae's, None for exact latents. Raises ValueError for an unknown name, a missing or needless
-    path or tile, or weights of another VAE.
+    `tile` and `together` are WanVae's; None and False give exact latents. Raises ValueError for an
+    unknown name, a missing or needless path or tile, or weights of another VAE.
     """
     if name == "dct":
         if path is not None:
@@ -31,4 +35,4 @@ def open_codec(
         raise ValueError(f"the codec {name} needs the path of its weights: a diffusers folder or a VAE file")
     from megawan.encoders.vae import WanVae  # diffusers takes seconds to import, and dct does without
 
-    return WanVae.open(name, path, device, tile)
+    return WanVae.open(name, path, device, tile, together)

@@ -4,8 +4,9 @@ Latents are the mean of the posterior, normalised once per channel: z = (mean - 
 
 Memory: diffusers encodes 1 + 4 + 4 + ... frames and decodes latent frame by latent frame with the causal
 convolutions' last inputs kept, which is the model itself and exact. Clips of a batch go one by one, so that a
-clip's latents do not depend on its neighbours (in one call they differ in the last bit). Tiles in space are
-not exact, because the middle of the model attends over the whole frame: they are off unless asked for.
+clip's latents do not depend on its neighbours, unless it is told otherwise (in one call their last bits
+differ). Tiles in space are not exact, because the middle of the model attends over the whole frame: they are
+off unless asked for.
 """
 
 import re
@@ -57,8 +58,8 @@ TILE_STEP = 64  # a tile's stride is 3/4 of it, and both must be whole latent po
 class WanVae:
     """A Wan VAE as a VideoCodec (see megawan/encoders/codec.py)."""
 
-    def __init__(self, name: str, vae: Any, tile: int | None = None) -> None:
-        """`vae` is a diffusers AutoencoderKLWan; `tile` as for `open`.
+    def __init__(self, name: str, vae: Any, tile: int | None = None, together: bool = False) -> None:
+        """`vae` is a diffusers AutoencoderKLWan; `tile` and `together` as for `open`.
 
         Raises ValueError unless its config is that of `name` and `tile` a multiple of 64.
         """
@@ -69,6 +70,7 @@ class WanVae:
         _check_config(name, vae.config)
         self.latent_channels = len(MEAN[name])
         self.stride = STRIDE[name]
+        self._together = together
         self._vae = vae.float().eval().requires_grad_(False)
         self._mean = torch.tensor(MEAN[name], device=vae.device).view(1, -1, 1, 1, 1)
         self._std = torch.tensor(STD[name], device=vae.device).view(1, -1, 1, 1, 1)
@@ -80,12 +82,18 @@ class WanVae:
 
     @classmethod
     def open(
-        cls, name: str, path: Path, device: torch.device | str = "cpu", tile: int | None = None
+        cls,
+        name: str,
+        path: Path,
+        device: torch.device | str = "cpu",
+        tile: int | None = None,
+        together: bool = False,
     ) -> "WanVae":
         """Return the VAE `name` from `path`: a diffusers folder or an original .pth or .safetensors.
 
         `tile` pixels on a side (for wan2.2 twice that when it encodes) cap the memory of large frames, at the
         price of latents that differ near the seams and, slightly, everywhere; None gives Wan's own.
+        `together` encodes the clips of a batch in one call, for speed and at the price of the last bits.
         Nothing is fetched and no code in a .pth is run. Raises ValueError for anything else than that VAE.
         """
         if name not in STRIDE:
@@ -98,13 +106,15 @@ class WanVae:
             raise ValueError(
                 f"cannot open {path} as the VAE {name}: {' '.join(str(error).split())}"
             ) from error
-        return cls(name, vae.to(device), tile)
+        return cls(name, vae.to(device), tile, together)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """Return normalised latents float32 [B, C, 1 + (T-1)/4, H/h, W/w] of pixels."""
         check_pixels(pixels, self.stride)
+        self._vae.use_slicing = not self._together
         mean = self._vae.encode(pixels.to(self._mean)).latent_dist.mode()
+        self._vae.use_slicing = True
         latents: Tensor = (mean - self._mean) / self._std
         return latents
 

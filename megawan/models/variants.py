@@ -159,6 +159,7 @@ _VACE_14B = dataclasses.replace(_T2V_14B, model_type="vace", vace_layers=tuple(r
 _DEBUG = WanConfig(dim=144, ffn_dim=576, freq_dim=64, num_heads=6, num_layers=6, text_dim=64, text_len=32)
 _DEBUG_A14B = dataclasses.replace(_DEBUG, num_layers=3)
 _DEBUG_I2V = dataclasses.replace(_DEBUG, model_type="i2v", in_dim=36, image_dim=CLIP_DIM)
+_DEBUG_I2V_A14B = dataclasses.replace(_DEBUG_A14B, model_type="i2v", in_dim=36)
 
 _A14B_T2V_SAMPLING = Sampling(steps=40, shift=12.0, guidance=4.0)
 _A14B_I2V_SAMPLING = Sampling(steps=40, shift=5.0, guidance=3.5)
@@ -213,6 +214,8 @@ _ROWS = (
     Variant("debug-A14B-high", _DEBUG_A14B, "t2v", "", "2.1", "high", 0.875),
     Variant("debug-A14B-low", _DEBUG_A14B, "t2v", "", "2.1", "low", 0.875),
     Variant("debug-i2v", _DEBUG_I2V, "i2v", ""),
+    Variant("debug-i2v-A14B-high", _DEBUG_I2V_A14B, "i2v", "", "2.1", "high", 0.9),
+    Variant("debug-i2v-A14B-low", _DEBUG_I2V_A14B, "i2v", "", "2.1", "low", 0.9),
     Variant(
         "debug-flf2v",
         dataclasses.replace(_DEBUG_I2V, model_type="flf2v", pos_embed_seq_len=2 * CLIP_TOKENS),

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from megawan.data.cutting import ClipSize
-from megawan.data.encoding import Report, encode
+from megawan.data.encoding import Codec, Report, encode
 from megawan.data.manifest import Manifest, Row
 from megawan.data.video import Frames
 from megawan.encoders.dct import DctCodec
@@ -82,12 +82,15 @@ def run(
     *,
     share: tuple[int, int] = (0, 1),
     shard_bytes: int = 60_000,
+    batch: int = 1,
+    workers: int = 0,
+    codec: Codec | None = None,
 ) -> Report:
-    """Encode with the demo codec on the CPU."""
+    """Encode on the CPU, with the demo codec unless another is given."""
     return encode(
         manifest,
         output,
-        DctCodec("cpu"),
+        codec or DctCodec("cpu"),
         "dct",
         Words(),
         size,
@@ -95,6 +98,8 @@ def run(
         device=torch.device("cpu"),
         share=share,
         shard_bytes=shard_bytes,
+        batch=batch,
+        workers=workers,
     )
 
 

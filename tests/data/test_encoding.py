@@ -1,11 +1,15 @@
 """From files to a store: windows, buckets, images, restarts, and a report that says what was left out."""
 
 import json
+import math
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -20,7 +24,7 @@ from megawan.data.video import BadClip, pictures
 from megawan.encoders.dct import DctCodec
 from megawan.files import write_tensors
 from megawan.rng import generator_at
-from tests.data.encoding import contents, listed, make_media, numbers, run
+from tests.data.encoding import contents, listed, make_media, numbers, ramp, run, write
 
 FIXED = ClipSize(5, 32, 32, 16)
 BUDGET = Budget((13, 9, 5), 48 * 64, None, 16, (4, 8, 8))
@@ -89,13 +93,68 @@ def test_windows_are_counted_after_resampling(media: Path) -> None:
     assert numbers(found[1].frames) == [10, 12, 14, 16, 18]
 
 
-@pytest.mark.parametrize("stride", [None, 1, 4, 20])
-@pytest.mark.parametrize("windows", [1, 2, None])
+@pytest.mark.parametrize(
+    ("frames", "windows", "starts"),
+    [
+        (23, 2, [0, 18]),
+        (23, 3, [0, 9, 18]),
+        (23, 4, [0, 6, 12, 18]),  # 18 / 3
+        (23, 5, [0, 4, 9, 13, 18]),  # rounded down
+        (6, 3, [0, 1]),  # only two places
+        (5, 3, [0]),
+    ],
+)
+def test_uniform_windows_reach_from_the_start_to_the_end(
+    tmp_path: Path, frames: int, windows: int, starts: list[int]
+) -> None:
+    path = write(tmp_path / "a.mkv", ramp(frames))
+    size = ClipSize(5, 16, 16, None, windows=windows, spread=True)
+    found = list(cut(path, size))
+    assert [window.start for window in found] == starts
+    assert [numbers(window.frames)[0] for window in found] == starts
+    assert [window.last for window in found] == [False] * (len(starts) - 1) + [True]
+
+
+def test_uniform_windows_of_a_damaged_clip_are_spread_up_to_the_damage(media: Path) -> None:
+    found = list(cut(media / "zeroed.avi", ClipSize(5, 16, 16, None, windows=3, spread=True)))
+    whole = len(list(cut(media / "zeroed.avi", ClipSize(1, 16, 16, None, windows=None))))
+    assert [window.start for window in found] == [0, (whole - 5) // 2, whole - 5]
+    assert [window.cut_short is None for window in found] == [True, True, False]
+
+
+@pytest.mark.parametrize("name", ["still.png", "still.jpg", "still.webp", "still.gif"])
+@pytest.mark.parametrize(
+    "size",
+    [
+        replace(FIXED, least=2),
+        replace(AUTO, least=2),
+        ClipSize(
+            5, 32, 32, 16, Budget((5, 1), 48 * 64, None, 16, (4, 8, 8)), windows=2, spread=True, least=2
+        ),
+    ],
+)
+def test_a_model_of_first_and_last_frame_takes_no_image(media: Path, name: str, size: ClipSize) -> None:
+    with pytest.raises(BadClip, match="has 1 frames at 16 fps; 2 are needed"):
+        list(cut(media / name, size))
+    with pytest.raises(ValueError, match="has 1 frames; 2 are needed"):
+        plan_windows(1, 40, 60, size, still=True)
+    if size.budget is not None and 1 in size.budget.lengths:  # nor a clip as short as one
+        assert size.length_of(4) is None and size.fewest_frames() == 5
+
+
+# (windows, window_stride, spread, least) of a ClipSize
+PLACEMENTS = (
+    *((1, None, False, 1), (2, None, False, 1), (None, None, False, 2), (None, 1, False, 1)),
+    *((2, 4, False, 1), (None, 20, False, 1), (2, None, True, 1), (5, None, True, 2)),
+)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("budget", [None, BUDGET])
 def test_what_is_planned_is_what_is_cut(
-    media: Path, budget: Budget | None, windows: int | None, stride: int | None
+    media: Path, budget: Budget | None, placement: tuple[int | None, int | None, bool, int]
 ) -> None:
-    size = ClipSize(13, 48, 64, 16, budget, windows, stride)
+    size = ClipSize(13, 48, 64, 16, budget, *placement)
     gave = 0
     for name in names(media):
         try:
@@ -116,7 +175,7 @@ def test_what_is_planned_is_what_is_cut(
             planned = []
         assert found == planned, name
         gave += bool(found)
-    assert gave >= 9
+    assert gave >= (9 if size.least == 1 else 5)
 
 
 def test_damage_behind_a_window_keeps_it_and_is_told(media: Path) -> None:
@@ -159,6 +218,9 @@ def test_what_fits_no_bucket_is_refused_with_the_reason(
         ({"windows": "many"}, "--windows many"),
         ({"windows": "2", "window_stride": 0}, "--window_stride 0"),
         ({"window_stride": 8}, "--window_stride means nothing with one window"),
+        ({"window_placement": "uniform"}, "uniform needs --windows 2 or more, not 1"),
+        ({"window_placement": "uniform", "windows": "all"}, "uniform needs --windows 2 or more, not all"),
+        ({"window_placement": "uniform", "windows": "2", "window_stride": 3}, "give one of them"),
         ({"max_tokens": 100}, "--max_tokens needs --bucket auto"),
         ({"bucket": "auto", "max_area": "4x4x4"}, "--max_area 4x4x4"),
         ({"bucket": "auto", "max_area": "big"}, "--max_area big"),
@@ -176,6 +238,12 @@ def test_flags_that_contradict_or_mean_nothing_are_refused(flags: dict[str, obje
 
 
 def test_flags_become_a_size() -> None:
+    spread = clip_size(CutOptions(windows="4", window_placement="uniform"), (4, 8, 8), still_images=False)
+    assert spread == ClipSize(81, 480, 832, 16.0, windows=4, spread=True, least=2)
+    written = {"num_frames": 81, "height": 480, "width": 832, "fps": 16.0, "windows": 4}
+    assert spread.settings() == written | {"window_placement": "uniform"}
+    with pytest.raises(ValueError, match="--num_frames 5"):
+        clip_size(CutOptions(num_frames=1), (4, 8, 8), still_images=False)
     assert clip_size(CutOptions(), (4, 8, 8)) == ClipSize(81, 480, 832, 16.0)
     auto = CutOptions(bucket="auto", max_area="480*832", max_tokens=32760, windows="all", fps="keep")
     budget = Budget((81, 41, 21, 9, 5), 480 * 832, 32760, 32, (4, 16, 16))
@@ -248,12 +316,12 @@ def test_a_pipe_is_not_waited_for(media: Path, tmp_path: Path) -> None:
         run(manifest, tmp_path / "s", FIXED)
 
 
-@pytest.mark.parametrize("windows", [1, 3, None])
+@pytest.mark.parametrize(("windows", "spread"), [(1, False), (3, False), (3, True), (None, False)])
 @pytest.mark.parametrize("shard_bytes", [1, 13_000, 40_000])
 def test_a_second_call_makes_nothing_and_reports_the_same(
-    media: Path, tmp_path: Path, windows: int | None, shard_bytes: int
+    media: Path, tmp_path: Path, windows: int | None, spread: bool, shard_bytes: int
 ) -> None:
-    size = ClipSize(13, 32, 32, 16, BUDGET, windows)
+    size = ClipSize(13, 32, 32, 16, BUDGET, windows, spread=spread)
     manifest = listed(media, *names(media), "long.mkv")
     first = run(manifest, tmp_path / "s", size, shard_bytes=shard_bytes)
     before = contents(tmp_path / "s")
@@ -286,6 +354,78 @@ def test_shares_give_the_samples_and_the_report_of_one_call(media: Path, tmp_pat
     assert parts.encoded == 0 and whole.store is not None and parts.store is not None
     assert parts.store.fingerprint == whole.store.fingerprint
     assert (tmp_path / "parts" / REJECTED).read_text() == (tmp_path / "whole" / REJECTED).read_text()
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_reading_ahead_changes_no_byte(media: Path, tmp_path: Path, workers: int) -> None:
+    manifest, size = listed(media, *names(media), "long.mkv"), ClipSize(13, 32, 32, 16, BUDGET, None)
+    here = run(manifest, tmp_path / "here", size)
+    ahead = run(manifest, tmp_path / "ahead", size, workers=workers)
+    assert contents(tmp_path / "ahead") == contents(tmp_path / "here")
+    assert (ahead.rejected, ahead.cut_short) == (here.rejected, here.cut_short)
+    assert run(manifest, tmp_path / "ahead", size, workers=workers).encoded == 0
+
+
+class Counting(DctCodec):
+    """The demo codec, which notes the shape of what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__("cpu")
+        self.given: list[tuple[int, ...]] = []
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return the latents."""
+        self.given.append(tuple(pixels.shape))
+        return super().encode(pixels)
+
+
+def test_samples_of_one_shape_are_encoded_together(
+    media: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest, size = listed(media, *names(media)), ClipSize(13, 32, 32, 16, BUDGET, None, 4)
+    one = run(manifest, tmp_path / "one", size).store
+    codec = Counting()
+    three = run(manifest, tmp_path / "three", size, batch=3, codec=codec).store
+    assert one is not None and three is not None and len(three) == len(one)
+    assert three.settings == {**one.settings, "batch": 3}
+    for number in range(len(one)):
+        assert three[number].prompt == one[number].prompt and torch.equal(
+            three[number].text, one[number].text
+        )
+        assert torch.allclose(three[number].latents, one[number].latents, atol=1e-5)
+    shapes = Counter(shape[1:] for shape in codec.given for _ in range(shape[0]))
+    assert Counter(shape[1:] for shape in codec.given) == {shape: -(-n // 3) for shape, n in shapes.items()}
+    with pytest.raises(ValueError, match="batch: there 3, asked None"):
+        run(manifest, tmp_path / "three", size)
+    # What waits for others is bounded: two of the largest are more than may wait.
+    monkeypatch.setattr("megawan.data.encoding.WAITING_BYTES", 13 * 48 * 64 * 3 - 1)
+    bounded = Counting()
+    run(manifest, tmp_path / "bounded", size, batch=3, codec=bounded)
+    assert max(math.prod(shape) for shape in bounded.given) < max(math.prod(shape) for shape in codec.given)
+
+
+@pytest.mark.parametrize("waiting", [1 << 31, 13 * 48 * 64 * 3 * 2])
+def test_an_interrupted_encode_goes_on_with_the_same_batches(
+    media: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waiting: int
+) -> None:
+    monkeypatch.setattr("megawan.data.encoding.WAITING_BYTES", waiting)
+    manifest, size = listed(media, *names(media)), ClipSize(13, 32, 32, 16, BUDGET, None, 4)
+    whole = Counting()
+    run(manifest, tmp_path / "whole", size, batch=3, shard_bytes=20_000, codec=whole)
+    for stop in range(1, len(whole.given), 3):
+        codec = Counting()
+
+        def stopping(pixels: torch.Tensor, codec: Counting = codec, stop: int = stop) -> torch.Tensor:
+            if len(codec.given) == stop:
+                raise OSError("stopped")
+            return Counting.encode(codec, pixels)
+
+        codec.encode = stopping  # type: ignore[method-assign]
+        with pytest.raises(OSError, match="stopped"):
+            run(manifest, tmp_path / "s", size, batch=3, shard_bytes=20_000, codec=codec)
+        run(manifest, tmp_path / "s", size, batch=3, shard_bytes=20_000)
+        assert contents(tmp_path / "s") == contents(tmp_path / "whole")
+        shutil.rmtree(tmp_path / "s")
 
 
 def test_a_full_disk_is_not_blamed_on_a_clip(

@@ -93,6 +93,14 @@ def test_quoted_fields_keep_commas_quotes_and_lines(tmp_path: Path) -> None:
         ("m.jsonl", json.dumps({"video": "a.mp4", "prompt": "x" * (1 << 21)}), "2,097,152 characters"),
         ("m.csv", 'video,prompt\na.mp4,"' + "x" * (1 << 21) + '"\n', "field larger than field limit"),
         ("m.csv", "video,image,prompt\n,,one\n", "row 1: video is blank"),
+        ("m.csv", "video,prompt\na.mp4,caf\xe9\n".encode("latin-1"), "not UTF-8 text (byte 22)"),
+        ("m.csv", "video,prompt\na\0.mp4,one\n", "NUL"),
+        ("m.csv", "video;prompt\na.mp4;one\n", "found: video;prompt"),
+        ("m.json", '[{"video": "a.mp4", "prompt": ["one"]}]', "row 1: prompt is ['one'], not text"),
+        ("m.json", '[["a.mp4", "one"]]', "must be a list of objects"),
+        ("m.jsonl", '["a.mp4", "one"]\n', "line 1: must be an object"),
+        ("m.jsonl", '{"video": "a.mp4", "prompt": "x", "prompt": "y"}\n', "names 'prompt' twice"),
+        ("m.json", '[{"video": "a.mp4", "video": "b.mp4", "prompt": "y"}]', "names 'video' twice"),
     ],
 )
 def test_mistakes_name_file_and_row(tmp_path: Path, name: str, content: str | bytes, words: str) -> None:
@@ -100,6 +108,19 @@ def test_mistakes_name_file_and_row(tmp_path: Path, name: str, content: str | by
     with pytest.raises(ValueError) as caught:
         read_manifest(file)
     assert name in str(caught.value) and words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_all_mistakes_are_counted_and_their_rows_named(tmp_path: Path) -> None:
+    rows = ["a.mp4,one", "a.mp4, ", "../b.mp4,two", "b.mp4,", *["b.mp4,"] * 40]
+    file = table(tmp_path, "m.csv", "video,prompt\n" + "\n".join(rows) + "\n")
+    with pytest.raises(
+        ValueError, match=r"row 2: prompt is blank \(and 42 more mistakes: row 3, row 4, .*\.\.\.\)$"
+    ):
+        read_manifest(file)
+    file.unlink()
+    (tmp_path / "a.txt").write_text(" \n")
+    with pytest.raises(ValueError, match=r"a.mp4: caption is blank \(and 1 more mistakes: b.mp4\)$"):
+        read_manifest(tmp_path)
 
 
 def test_links_may_not_lead_out_unless_allowed(tmp_path: Path) -> None:
@@ -115,6 +136,19 @@ def test_links_may_not_lead_out_unless_allowed(tmp_path: Path) -> None:
     assert read_manifest(file, allow_outside_root=True).rows[0].path == outside / "secret.mp4"
 
 
+def test_links_of_a_folder_of_clips_may_lead_out_when_allowed(tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs/4f1c").write_bytes(b"x")
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    (clips / "a.mp4").symlink_to("../blobs/4f1c")
+    (clips / "a.txt").write_text("one")
+    with pytest.raises(ValueError, match="allow it with --allow_outside_root"):
+        read_manifest(clips)
+    (row,) = read_manifest(clips, allow_outside_root=True).rows
+    assert row.path == tmp_path / "blobs/4f1c"
+
+
 def test_a_missing_manifest(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nope\.csv: no such file"):
         read_manifest(tmp_path / "nope.csv")
@@ -127,8 +161,15 @@ def test_a_list_of_videos_and_images_has_a_column_for_each(tmp_path: Path) -> No
 
 
 def test_captions_are_kept_as_they_are(tmp_path: Path) -> None:
-    captions = ["a 🦊 " + "x" * 40_000, "עברית \u200b\u202e", "-leading &amp; <b>"]
-    content = "".join(json.dumps({"video": "a.mp4", "prompt": text}) + "\n" for text in captions)
+    captions = [
+        "two \u2028 lines \x85 and \x0b more",
+        "a 🦊 " + "x" * 40_000,
+        "עברית \u200b\u202e",
+        "-leading &amp; <b>",
+    ]
+    content = "".join(
+        json.dumps({"video": "a.mp4", "prompt": text}, ensure_ascii=False) + "\r\n" for text in captions
+    )
     assert [row.prompt for row in read_manifest(table(tmp_path, "m.jsonl", content)).rows] == captions
 
 

@@ -105,6 +105,15 @@ def test_a_clips_latents_do_not_depend_on_its_neighbours_in_the_batch(name: str)
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_clips_encoded_together_differ_in_their_last_bits_and_not_by_their_neighbours(name: str) -> None:
+    both = torch.cat([clip(name), clip(name).flip(-1)])
+    together = WanVae(name, tiny(name), together=True)
+    latents = together.encode(both)
+    assert (latents - WanVae(name, tiny(name)).encode(both)).abs().max() < 1e-5
+    assert torch.equal(together.encode(torch.cat([both[:1], torch.zeros_like(both[1:])]))[0], latents[0])
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_encoding_in_time_chunks_is_causal_and_exact(name: str) -> None:
     _, h, w = STRIDE[name]
     codec = WanVae(name, tiny(name))
