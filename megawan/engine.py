@@ -81,7 +81,7 @@ def load_host_extension() -> None:
     beside = Path(sys.executable).parent
     if (beside / "ninja").exists():
         # Another ninja than the last build's takes its log for that of other commands and builds all anew;
-        the # system's would be found where the environment is not activated.
+        # the system's would be found where the environment is not activated.
         os.environ["PATH"] = f"{beside}{os.pathsep}{os.environ.get('PATH', '')}"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from tests.commands import command, rank_process, wait_for
 from tests.ranks import TRAIN, train
 from tests.test_faults import SHORT, digests, one_line
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(1200)]
 
 RUN = ("--output", "run", *SHORT)
 LOST_S = 45.0
@@ -86,10 +86,13 @@ def test_random_kills_over_200_steps_end_in_the_same_bits(tmp_path: Path) -> Non
     chance, kills = random.Random(20261123), 0
 
     def kill_one(ranks: list[int], out: Path) -> None:
-        end = time.monotonic() + chance.uniform(2, 25)
+        # Mostly while it trains and saves, now and then while it starts.
+        if chance.random() < 0.8:
+            wait_for("| loss", out)
+        end = time.monotonic() + chance.uniform(0, 5)
         while time.monotonic() < end and "finished" not in out.read_text():
             time.sleep(0.02)
-        os.kill(chance.choice(ranks), signal.SIGKILL)
+        with_process(chance.choice(ranks), signal.SIGKILL)
 
     for _ in range(40):
         ended = train(tmp_path, "--output", "run", *flags, timeout=300, meanwhile=kill_one)
@@ -128,7 +131,9 @@ def test_a_run_folder_that_vanishes_ends_the_run_in_the_end(tmp_path: Path) -> N
     flags = ("--output", "run", "--steps", "100000", "--checkpoint.save_every", "2")
     ended = train(tmp_path, *flags, meanwhile=take_away)
     assert ended.codes == [1, 1], ended.err
-    assert "NOT saved" in ended.out[0] and "could not be saved" in one_line(ended, 0)
+    assert "NOT saved" in ended.out[0]
+    # TensorBoard's own thread prints a traceback of its own when its file is gone.
+    assert "could not be saved" in ended.err[0].splitlines()[-1]
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
