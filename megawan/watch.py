@@ -134,10 +134,8 @@ class Watch:
             seconds = time.monotonic() - since
             if seconds > self._timeout / 2 and warned != since and self._speaks():
                 warned = since
-                # What one rank does alone at the start, such as reading weights, may take as long as it
-                wants.ends = f"; the run ends after {self._timeout:g} s (--dist_timeout)" * (
-                    phase != PHASES[0]
-                )
+                # What one rank does alone at the start, such as reading weights, may take its time.
+                ends = f"; the run ends after {self._timeout:g} s (--dist_timeout)" * (phase != PHASES[0])
                 self._print(f"{self._report()}{ends}")
             # A collective that waits ends by itself at the time-out, with an error that says more.
             if seconds > 1.1 * self._timeout + 5 and phase != PHASES[0]:
