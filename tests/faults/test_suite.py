@@ -25,7 +25,7 @@ LOST_S = 45.0
 rest for a busy machine."""
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)  # the first run may have to build DeepSpeed's extension
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
     ended = train(folder, *RUN)
