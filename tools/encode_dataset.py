@@ -8,7 +8,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root instead of tools/
 
@@ -16,14 +15,9 @@ import torch
 from tqdm import tqdm
 
 from megawan.cli import UserError, parse, run
-from megawan.conditions import ImageConditions, open_conditions
-from megawan.data.cutting import CODEC_STRIDES, CutOptions, clip_size
 from megawan.data.encoding import REJECTED, Report, encode
 from megawan.data.manifest import read_manifest
-from megawan.encoders.codec import VideoCodec
-from megawan.encoders.opening import open_codec
-from megawan.encoders.text import TextEncoder
-from megawan.models.variants import get_variant
+from megawan.encode_options import EncodeOptions, checked_size, open_encoders
 
 PROG = "tools/encode_dataset.py"
 ALIASES = {
@@ -36,41 +30,18 @@ ALIASES = {
     "bucket_reso_steps": "bucket_step",
     "video_sample_n_frames": "num_frames",  # VideoX-Fun
 }
-WAN_TEXT_LEN = 512
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(CutOptions):
+class Options(EncodeOptions):
     """Which clips, by which encoders, to which size."""
 
     input: Path
     """metadata.csv/.json/.jsonl, a folder that holds one, or a folder of clips with .txt captions."""
     output: Path
     """Folder of the latent store."""
-    root: Path | None = None
-    """Folder that relative paths start at; default: the manifest's own."""
-    allow_outside_root: bool = False
-    """Let the manifest name files outside that folder."""
-    codec: Literal["dct", "wan2.1", "wan2.2"] = "wan2.1"
-    """Video encoder: Wan's VAEs (2.2 for ti2v-5B), or dct, the weightless demo codec."""
-    vae: Path | None = None
-    """Weights of the VAE: Wan2.1_VAE.pth, Wan2.2_VAE.pth or a diffusers folder; not for dct."""
-    vae_tile: int | None = None
-    """Encode in tiles of so many pixels (64n) where memory is short; the latents differ; default none."""
     variant: str | None = None
     """The Wan that will train on this: stores what its image conditions are made of; default: text only."""
-    image_encoder: str | None = None
-    """For Wan2.1's i2v and flf2v: its CLIP file, an image_encoder folder, or debug for a seeded tiny one."""
-    text_encoder: str = "debug"
-    """Folder or file of the UMT5 encoder, or debug for the seeded tiny one of the debug variants."""
-    text_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Precision of the UMT5 encoder; bfloat16 is what Wan's authors use. The debug one is float32."""
-    tokenizer: Path | None = None
-    """Folder of its tokenizer; default: in, beside or under google/umt5-xxl with the encoder."""
-    text_len: int | None = None
-    """Longest caption in tokens; default 512, and 32 for the debug encoder."""
-    shard_mib: int = 1024
-    """Size of the store's files in MiB; a kill loses at most the one that was being filled."""
     shard: str = "0/1"
     """I/N: encode only share I (from 0) of N, in a job array; a last call without it finishes the store."""
 
@@ -79,18 +50,13 @@ def main(argv: Sequence[str]) -> None:
     """Encode as `argv` says. Raises UserError naming file or flag and cause."""
     options = parse(Options, argv, prog=PROG, description=(__doc__ or "").split("\n\n")[0], aliases=ALIASES)
     try:
-        size = clip_size(options, CODEC_STRIDES[options.codec])
-        if options.shard_mib < 1:
-            raise ValueError(f"--shard_mib {options.shard_mib} must be 1 or more")
+        size = checked_size(options)
         share = parse_share(options.shard)
         manifest = read_manifest(
             options.input, root=options.root, allow_outside_root=options.allow_outside_root
         )
         print(f"found {manifest.found}")
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        codec = open_codec(options.codec, options.vae, device, options.vae_tile)
-        conditions = open_image(options, codec, device)
-        text, text_len = open_text(options, device)
+        encoders = open_encoders(options, options.variant, "cuda" if torch.cuda.is_available() else "cpu")
         rows = len(manifest.rows[share[0] :: share[1]])
         with tqdm(total=rows, desc="encode", unit="clip", disable=None) as bar:
 
@@ -102,13 +68,13 @@ def main(argv: Sequence[str]) -> None:
             report = encode(
                 manifest,
                 options.output,
-                codec,
-                options.codec,
-                text,
+                encoders.codec,
+                encoders.codec_name,
+                encoders.text,
                 size,
-                text_len,
-                device=device,
-                conditions=conditions,
+                encoders.text_len,
+                device=encoders.device,
+                conditions=encoders.conditions,
                 share=share,
                 shard_bytes=options.shard_mib << 20,
                 tick=tick,
@@ -121,9 +87,8 @@ def main(argv: Sequence[str]) -> None:
         if report.store
         else f"share {options.shard} of {options.output}, no index yet"
     )
-    print(
-        f"{done}, {report.kept} kept, {len(report.rejected)} rejected, {text.truncated} captions cut; {end}"
-    )
+    cut = encoders.text.truncated
+    print(f"{done}, {report.kept} kept, {len(report.rejected)} rejected, {cut} captions cut; {end}")
     if report.cut_short:
         print(f"{len(report.cut_short)} clips are damaged behind their last sample")
     if report.store and (report.rejected or report.cut_short):
@@ -136,33 +101,6 @@ def parse_share(text: str) -> tuple[int, int]:
     if not (slash and first.isdecimal() and second.isdecimal() and int(first) < int(second)):
         raise ValueError(f"--shard {text} must be I/N with I from 0 to N-1")
     return int(first), int(second)
-
-
-def open_image(options: Options, codec: VideoCodec, device: torch.device) -> ImageConditions | None:
-    """Return what makes the image conditions of --variant, None where it has none."""
-    if options.variant is None:
-        if options.image_encoder is not None:
-            raise ValueError("--image_encoder is for image-to-video models: name one with --variant")
-        return None
-    variant = get_variant(options.variant)
-    if variant.task == "flf2v" and options.num_frames == 1:
-        raise ValueError(f"{variant.name} needs a first and a last frame; give --num_frames 5 or more")
-    return open_conditions(variant, codec, options.image_encoder, device)
-
-
-def open_text(options: Options, device: torch.device) -> tuple[TextEncoder, int]:
-    """Return the text encoder and its longest caption in tokens."""
-    if options.text_encoder == "debug":
-        wan = get_variant("debug").config
-        text, default = TextEncoder.debug(dim=wan.text_dim), wan.text_len
-    else:
-        dtype = getattr(torch, options.text_dtype)
-        text = TextEncoder.open(Path(options.text_encoder), options.tokenizer, device, dtype)
-        default = WAN_TEXT_LEN
-    length = options.text_len or default
-    if length < 1:
-        raise ValueError(f"--text_len {length} must be 1 or more")
-    return text, length
 
 
 if __name__ == "__main__":

@@ -93,20 +93,10 @@ def encode(
     holds are kept. Raises ValueError when no clip can be used, when the folder holds a store of other
     settings, or when the size does not fit the codec.
     """
-    settings = {
-        "codec": codec_name,
-        "codec_fingerprint": codec.fingerprint,
-        "latent_channels": codec.latent_channels,
-        "stride": list(codec.stride),
-        "text_fingerprint": text.fingerprint,
-        "text_dim": text.dim,
-        "text_len": text_len,
-        **size.settings(),
-        **(conditions.settings if conditions else {}),
-    }
+    settings = store_settings(codec, codec_name, text, text_len, size, conditions)
     report = Report()
     order: dict[str, None] = {}  # keys of the samples, in the manifest's order
-    features = _Features(text, text_len)
+    features = Features(text, text_len)
     mine, shares = share
     rows = manifest.rows[mine::shares]
     part = f"{mine}of{shares}" if shares > 1 else ""
@@ -134,7 +124,7 @@ def encode(
                             **visual_tensors(window.frames, codec, device, conditions),
                             "text": features[row.prompt],
                         }
-                        writer.add(key, tensors, _describe(row, digest, window, size))
+                        writer.add(key, tensors, describe_sample(row, digest, window, size))
                         report.encoded += 1
                 if cut_short:
                     report.cut_short.append((row, cut_short, number))
@@ -146,9 +136,26 @@ def encode(
             raise ValueError(f"0 usable clips of {len(rows)}; the first: {why}")
         writer.flush()
         if shares == 1:
-            _write_rejected(output / REJECTED, report)
+            write_rejected(output / REJECTED, report)
             report.store = writer.finish(list(order), features[""])
     return report
+
+
+def store_settings(
+    codec: Codec, codec_name: str, text: Text, text_len: int, size: ClipSize, conditions: Conditions | None
+) -> dict[str, Any]:
+    """Return what a store says of all its samples: samples that differ in it are not mixed."""
+    return {
+        "codec": codec_name,
+        "codec_fingerprint": codec.fingerprint,
+        "latent_channels": codec.latent_channels,
+        "stride": list(codec.stride),
+        "text_fingerprint": text.fingerprint,
+        "text_dim": text.dim,
+        "text_len": text_len,
+        **size.settings(),
+        **(conditions.settings if conditions else {}),
+    }
 
 
 def visual_tensors(
@@ -185,7 +192,7 @@ def to_pixels(frames: Frames) -> Tensor:
     return torch.from_numpy(frames).permute(3, 0, 1, 2).unsqueeze(0).float() / 127.5 - 1
 
 
-class _Features:
+class Features:
     """Captions' features, the last few kept: windows of one clip share a caption, and some datasets do."""
 
     def __init__(self, text: Text, text_len: int) -> None:
@@ -201,7 +208,7 @@ class _Features:
         return self._kept[prompt]
 
 
-def _describe(row: Row, digest: str, window: Window, size: ClipSize) -> dict[str, Any]:
+def describe_sample(row: Row, digest: str, window: Window, size: ClipSize) -> dict[str, Any]:
     """Return the index's row of a sample: where it comes from."""
     described: dict[str, Any] = {"prompt": row.prompt, "source": row.path.name, "source_sha256": digest}
     if size.windows != 1:
@@ -213,7 +220,9 @@ def _describe(row: Row, digest: str, window: Window, size: ClipSize) -> dict[str
     return described
 
 
-def _write_rejected(file: Path, report: Report) -> None:
+def write_rejected(file: Path, report: Report) -> None:
+    """Write the clips that gave no sample, or fewer than they have, one JSON object a line; no file if
+    none."""
     entries = [(row, reason, 0) for row, reason in report.rejected] + report.cut_short
     entries.sort(key=lambda entry: entry[0].number)
     if not entries:
