@@ -196,6 +196,11 @@ class StoreWriter:
         """Return what the index will say of the samples that are safely in a shard, by key."""
         return {row["key"]: row for row in self._rows}
 
+    @property
+    def shards(self) -> int:
+        """Return how many shards there are."""
+        return len(self._shards)
+
     def add(self, key: str, tensors: Mapping[str, Tensor], row: Mapping[str, Any]) -> None:
         """Add one sample: tensors "latents", "text" (+ "clip", "condition") and what the index says of it."""
         # Copies: captions that several clips share are one tensor, and safetensors saves none twice.
