@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megawan import checkpoint, cli, config, dist
+from megawan import checkpoint, cli, config, dist, filler
 from megawan.data.batch import Batch
 from megawan.data.loader import make_loader
 from megawan.files import write_json
@@ -68,6 +68,7 @@ def run(plan: Plan, device: torch.device) -> None:
     for line in plan.describe():
         dist.say(line)
     dist.require_agreement("configuration", str(config.to_dict(options)))
+    dist.require_agreement("data", plan.data.fingerprint)
     dist.require_agreement("recompute policy", plan.recompute)  # auto looks at this rank's own GPU
     warning = dist.PreemptionWarning(options.dist_timeout)
     resume_from = choose_start(folder, options)
@@ -159,7 +160,7 @@ def loop(
 def make_batches(plan: Plan, start: int) -> Iterator[list[Batch]]:
     """Return the micro-batches of every step after `start`, as this rank's data-parallel group takes them."""
     options = plan.config
-    return make_loader(
+    batches = make_loader(
         plan.data,
         seed=options.seed,
         micro_batch=options.micro_batch,
@@ -170,6 +171,15 @@ def make_batches(plan: Plan, start: int) -> Iterator[list[Batch]]:
         prompt_dropout=options.data.prompt_dropout,
         start_step=start,
         workers=options.data.workers,
+    )
+    return filler.paced(
+        batches,
+        plan.data,
+        seed=options.seed,
+        global_batch=plan.global_batch,
+        start=start,
+        steps=plan.steps,
+        say=dist.say,
     )
 
 

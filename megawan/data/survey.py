@@ -53,9 +53,9 @@ class Survey:
 class Memory:
     """What files gave, in a file of one JSON object a line; without a file it forgets."""
 
-    def __init__(self, file: Path | None, size: ClipSize) -> None:
+    def __init__(self, file: Path | None, size: ClipSize, *, writes: bool = True) -> None:
         """`size` is part of what was asked: answers of another one are passed over."""
-        self._file = file
+        self._file = file if writes else None
         self._asked = hashlib.blake2b(json.dumps(size.settings()).encode(), digest_size=8).hexdigest()
         self._known: dict[tuple[Any, ...], dict[str, Any]] = {}
         lines = file.read_text("utf-8").split("\n") if file is not None and file.exists() else []
@@ -63,7 +63,7 @@ class Memory:
             entry = json.loads(line)
             if entry["asked"] == self._asked:
                 self._known[(entry["file"], entry["bytes"], entry["changed"])] = entry["found"]
-        if file is not None and lines and lines[-1]:
+        if file is not None and writes and lines and lines[-1]:
             file.write_text("".join(f"{line}\n" for line in lines[:-1]), "utf-8")
 
     def recall(self, path: Path) -> dict[str, Any] | None:
@@ -122,19 +122,25 @@ def survey(
     return result
 
 
+def refused(sha256: str | None, error: BadClip) -> dict[str, Any]:
+    """Return what a file gives that gives nothing."""
+    return {"sha256": sha256, "bucket": None, "starts": [], "refused": error.reason}
+
+
 def look(path: Path, size: ClipSize) -> dict[str, Any]:
     """Return what a file gives, ready for JSON: "sha256", "bucket", "starts", or "refused", the reason."""
-    found: dict[str, Any] = {"sha256": None, "bucket": None, "starts": [], "refused": None}
+    digest = None
     try:
-        found["sha256"] = source_digest(path)
+        digest = source_digest(path)
         try:
             bucket, starts = _plan(path, size)
         except ValueError:
             windows = [(window.start, window.frames.shape[:3]) for window in cut(path, size)]
             bucket, starts = Bucket(*windows[0][1]), [start for start, _ in windows]
     except BadClip as error:
-        return {**found, "refused": error.reason}
-    return {**found, "bucket": [bucket.frames, bucket.height, bucket.width], "starts": starts}
+        return refused(digest, error)
+    shape = [bucket.frames, bucket.height, bucket.width]
+    return {"sha256": digest, "bucket": shape, "starts": starts, "refused": None}
 
 
 def _plan(path: Path, size: ClipSize) -> tuple[Bucket, list[int]]:
