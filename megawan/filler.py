@@ -83,11 +83,18 @@ def open_filled(
         if worker is None
         else Watch(folder, wait_timeout, worker.token, worker.died)
     )
-    watch.wait(
-        lambda status: status is not None and status.planned,
-        lambda status: f"preparing {folder.store}: {_doing(status)}",
-        say,
-    )
+    try:
+        watch.wait(
+            lambda status: status is not None and status.planned,
+            lambda status: f"preparing {folder.store}: {_doing(status)}",
+            say,
+        )
+    except FillingError:
+        if worker is not None:
+            worker.stop()
+            if not folder.files.exists() and _is_from(folder, worker.token):
+                shutil.rmtree(folder.path)  # a mistake in the flags leaves nothing
+        raise
     status = watch.look()
     if status is not None and status.complete:
         say(f"{folder.store} is complete: nothing of {options.source} is to be encoded")
@@ -99,6 +106,11 @@ def open_filled(
         rejected = len(listed.read_text("utf-8").splitlines())
         say(f"{rejected} clips of {options.source} give no sample; which and why: {listed}")
     return store
+
+
+def _is_from(folder: Folder, token: str) -> bool:
+    status = Status.read(folder.status)
+    return status is not None and status.token == token
 
 
 def preview(
@@ -239,6 +251,7 @@ def _work(options: FillOptions, folder: Folder, token: str, orders: Connection, 
     # Warnings and Ctrl-C are for the training; this process ends with it.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    status = Status(token, f"process {os.getpid()} on {socket.gethostname()}")
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.nice(NICE)
     folder.path.mkdir(parents=True, exist_ok=True)
@@ -249,7 +262,6 @@ def _work(options: FillOptions, folder: Folder, token: str, orders: Connection, 
     if other is not None:
         orders.send(f"did not start: {folder.store} is being filled by {other}")
         return
-    status = Status(token, f"process {os.getpid()} on {socket.gethostname()}")
     signs = _Signs(folder, status, orders)
     try:
         _prepare_and_fill(options, folder, status, signs.show, orders, position)
@@ -366,6 +378,7 @@ class _Signs:
 
 
 def _end_with_parent() -> None:
+    """End this process when the one that started it is gone, however that went."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
