@@ -189,7 +189,7 @@ def _let_finish(data: FillingStore, say: Callable[[str], None]) -> None:
     """Wait a little for the index of a store that has all its samples; the next run or the tool would write
     it too."""
     end = time.monotonic() + FINISH_S
-    with contextlib.suppress(FillingError):
+    try:
         while (status := data.watch.look()) is not None and time.monotonic() < end:
             if status.ended:
                 say(f"{data.path} is complete: {len(data)} samples")
@@ -199,6 +199,8 @@ def _let_finish(data: FillingStore, say: Callable[[str], None]) -> None:
             time.sleep(0.05)
         done = 0 if status is None else status.done
         say(f"{data.path} holds {done} of {len(data)} samples; the next run goes on from there")
+    except FillingError as error:  # the training has had all that it needs
+        say(f"{data.path} is not finished: {error}")
 
 
 class Worker:

@@ -299,7 +299,8 @@ class FillingStore(StoredSamples):
         if self.trainer is not None:
             self.trainer.reach(step)
         if self._ready > step:
-            self.watch.look()  # a process that died is noticed at the next step, not when samples run out
+            if self._ready < ALL:
+                self.watch.look()  # a process that died is noticed at the next step
             return
 
         def ready(status: Status | None) -> bool:

@@ -245,6 +245,22 @@ def test_other_settings_are_refused_with_the_difference(media: Path, tmp_path: P
         Filling(Folder(tmp_path / "whole"), settings, job.status, job.show)
 
 
+def test_it_waits_while_the_disk_is_short(media: Path, tmp_path: Path) -> None:
+    job = Job(media, tmp_path / "store")
+
+    def pause() -> None:
+        raise Killed
+
+    with pytest.raises(Killed):
+        job.filling.fill(
+            *(job.found, job.encoding, job.memory, job.order, 0, lambda: ALL),
+            ahead=4,
+            min_free_bytes=1 << 62,
+            pause=pause,
+        )
+    assert (job.status.state, job.status.held, job.status.done) == ("disk is short", False, 0)
+
+
 # Waiting.
 
 
