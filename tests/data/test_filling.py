@@ -6,13 +6,15 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch import Tensor
 
 from megawan.data.buckets import Budget
 from megawan.data.cutting import ClipSize
-from megawan.data.encoding import store_settings
+from megawan.data.encoding import Conditions, encode, store_settings
 from megawan.data.filling import (
     ALL,
     Encoding,
@@ -66,11 +68,13 @@ def manifest_of(media: Path) -> Manifest:
 class Job:
     """One filling process's life, in this process."""
 
-    def __init__(self, media: Path, output: Path, seed: int = 0) -> None:
+    def __init__(
+        self, media: Path, output: Path, seed: int = 0, conditions: Conditions | None = None
+    ) -> None:
         self.folder = Folder(output)
         self.folder.path.mkdir(parents=True, exist_ok=True)
-        self.encoding = Encoding(DctCodec("cpu"), "dct", Words(), 32, SIZE, torch.device("cpu"))
-        settings = store_settings(self.encoding.codec, "dct", self.encoding.text, 32, SIZE, None)
+        self.encoding = Encoding(DctCodec("cpu"), "dct", Words(), 32, SIZE, torch.device("cpu"), conditions)
+        settings = store_settings(self.encoding.codec, "dct", self.encoding.text, 32, SIZE, conditions)
         self.status = Status("token")
         self.shown: Callable[[], None] = lambda: None
         self.filling = Filling(self.folder, settings, self.status, self.show, SHARD)
@@ -148,6 +152,33 @@ def test_the_tool_goes_on_where_a_filling_stopped_and_the_other_way_round(
         file.unlink()
     Job(media, output).fill()
     assert contents(output) == contents(prepared)
+
+
+class Ends:
+    """Image conditions of a few numbers, in the order of the real ones."""
+
+    settings: ClassVar[dict[str, Any]] = {"condition": "i2v", "clip_tokens": 2}
+
+    def encode(self, pixels: Tensor) -> dict[str, Tensor]:
+        return {"condition": pixels[:, :, 0], "clip": pixels[:, 0, 0, :2]}
+
+
+def test_image_conditions_are_filled_too(media: Path, tmp_path: Path) -> None:
+    manifest, ends = manifest_of(media), Ends()
+    encode(
+        *(manifest, tmp_path / "prepared", DctCodec("cpu"), "dct", Words(), SIZE, 32),
+        device=torch.device("cpu"),
+        conditions=ends,
+        shard_bytes=SHARD,
+    )
+    job = Job(media, tmp_path / "store", conditions=ends)
+    job.show()
+    filled = FillingStore(job.folder, Watch(job.folder, 30, "token"))
+    store = job.fill()
+    assert contents(tmp_path / "store") == contents(tmp_path / "prepared")
+    clip, condition = filled[1].clip, filled[1].condition
+    assert clip is not None and condition is not None and store[1].clip is not None
+    assert torch.equal(clip, store[1].clip) and (store.condition, store.clip_tokens) == ("i2v", 2)
 
 
 def test_readers_get_the_samples_of_the_finished_store_while_it_fills(
