@@ -13,6 +13,7 @@ from typing import Any, Literal
 from megawan import cli
 from megawan.checkpoint import CheckpointOptions
 from megawan.ema import EmaOptions
+from megawan.encode_options import EncodeOptions
 from megawan.flow.loss import FlowOptions
 from megawan.metrics import MetricsOptions
 from megawan.optim import OptimOptions
@@ -87,6 +88,17 @@ class DataOptions:
     has 0."""
     workers: int = 0
     """Reading processes a rank; 0 reads in the training process (enough for small latents)."""
+    source: Path | None = None
+    """Clips to encode into the store --data.path while training: what tools/encode_dataset.py takes as
+    --input. --encode.* says how; a store that is complete is only read."""
+    ahead: int = 64
+    """With a source: samples that may be encoded ahead of the training; then the encoder waits."""
+    readers: int = 0
+    """With a source: processes that look at clips at the same time before the first step."""
+    min_free_gb: float = 2.0
+    """With a source: GiB that must stay free on the store's disk, else encoding waits."""
+    wait_timeout: float = 600.0
+    """With a source: seconds without any progress of the encoder after which a run that waits for it ends."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +150,7 @@ class TrainConfig:
     """Set by the deepspeed launcher; the environment decides."""
     model: ModelOptions = field(default_factory=ModelOptions)
     data: DataOptions = field(default_factory=DataOptions)
+    encode: EncodeOptions = field(default_factory=EncodeOptions)
     flow: FlowOptions = field(default_factory=FlowOptions)
     parallel: ParallelOptions = field(default_factory=ParallelOptions)
     optim: OptimOptions = field(default_factory=OptimOptions)

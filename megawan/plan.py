@@ -12,12 +12,14 @@ from pathlib import Path
 
 import torch
 
-from megawan import checkpoint, cost, ds_config, ema, metrics, optim
+from megawan import checkpoint, cost, ds_config, ema, filler, metrics, optim
 from megawan.cli import UserError
 from megawan.config import TrainConfig
-from megawan.data.latents import LatentStore
+from megawan.data.filling import FillingStore
+from megawan.data.latents import LatentStore, StoredSamples
 from megawan.data.synthetic import SyntheticLatents
 from megawan.dist import Environment
+from megawan.encode_options import EncodeOptions, checked_size
 from megawan.flow.loss import FlowMatching, FlowOptions
 from megawan.models.attention import select_attention
 from megawan.models.initial import InitialWeights
@@ -43,7 +45,7 @@ class Plan:
     config: TrainConfig
     variant: Variant
     topology: Topology
-    data: LatentStore | SyntheticLatents
+    data: StoredSamples | SyntheticLatents
     flow: FlowMatching
     deepspeed: ds_config.Resolved
     steps: int
@@ -141,12 +143,15 @@ def model_shape(wan: WanConfig) -> cost.ModelShape:
 
 def require_inputs(plan: Plan) -> None:
     """Raise cli.UserError when the samples lack what the variant's forward pass takes."""
-    variant, sample = plan.variant, plan.data[0]
+    variant = plan.variant
     if variant.config.vace_layers:
         raise UserError(
             f"--model.variant {variant.name}: VACE is read and written, but its context is not in the"
             " training step yet; legal: every variant without vace in its name"
         )
+    if isinstance(plan.data, FillingStore):
+        return  # it is encoded for this very variant, and sample 0 may come late
+    sample = plan.data[0]
     needed = {
         "CLIP features": (variant.config.has_clip, sample.clip),
         "condition": (variant.condition_channels > 0, sample.condition),
@@ -182,7 +187,7 @@ def _resolve(config: TrainConfig, place: Environment) -> Plan:
         config.model.variant,
     )
     topology = Topology(place.world_size, config.parallel.ulysses_degree, config.parallel.ring_degree)
-    data = open_data(config, variant)
+    data = open_data(config, variant, place.rank)
     steps = config.steps
     if config.epochs is not None:
         if config.epochs < 1:
@@ -366,15 +371,20 @@ def cost_layout(config: TrainConfig, topology: Topology, resolved: ds_config.Res
     )
 
 
-def open_data(config: TrainConfig, variant: Variant) -> LatentStore | SyntheticLatents:
+def open_data(config: TrainConfig, variant: Variant, rank: int) -> StoredSamples | SyntheticLatents:
     """Return the latents that the run trains on, checked against the variant.
 
-    Raises ValueError when the store is of another VAE, another text encoder, or other clip sizes than asked.
+    With --data.source, rank 0 starts the process that fills the store. Raises ValueError when the store is of
+    another VAE, another text encoder, or other clip sizes than asked.
     """
     wan, asked = variant.config, config.data
     stride = variant.vae_stride
     channels = variant.latent_channels
+    if asked.source is None and config.encode != EncodeOptions():
+        raise ValueError("--encode.* says how --data.source is encoded; give it, or leave --encode.* out")
     if asked.path is None:
+        if asked.source is not None:
+            raise ValueError(f"--data.source {asked.source} needs --data.path, the store to fill")
         shape = latent_shape(
             9 if asked.num_frames is None else asked.num_frames,
             64 if asked.height is None else asked.height,
@@ -391,7 +401,7 @@ def open_data(config: TrainConfig, variant: Variant) -> LatentStore | SyntheticL
             clip=(wan.clip_tokens, wan.image_dim) if wan.clip_tokens and wan.image_dim else None,
             condition_channels=variant.condition_channels,
         )
-    store = LatentStore(asked.path)
+    store = open_store(config, variant, asked.path, rank)
     if store.latent_channels != channels or store.text_dim != wan.text_dim:
         raise ValueError(
             f"--data.path {asked.path}: latents of {store.latent_channels} channels and text of"
@@ -415,6 +425,39 @@ def open_data(config: TrainConfig, variant: Variant) -> LatentStore | SyntheticL
     for shape in set(store.shapes):
         _tokens(shape, wan.patch_size)
     return store
+
+
+def open_store(config: TrainConfig, variant: Variant, path: Path, rank: int) -> StoredSamples:
+    """Return the store --data.path: a finished one, or with --data.source one that is being filled."""
+    asked = config.data
+    if asked.source is None:
+        return LatentStore(path)
+    for name, least in (("ahead", 1), ("readers", 0), ("min_free_gb", 0)):
+        if not getattr(asked, name) >= least:
+            raise ValueError(f"--data.{name} {getattr(asked, name)} must be {least} or more")
+    if not asked.wait_timeout > 0:
+        raise ValueError(f"--data.wait_timeout {asked.wait_timeout} must be above 0 seconds")
+    try:
+        checked_size(config.encode, variant.name)
+    except ValueError as error:
+        raise ValueError(f"--encode.*: {error}") from None
+    options = filler.FillOptions(
+        asked.source,
+        path,
+        variant.name,
+        config.encode,
+        asked.ahead,
+        asked.readers,
+        int(asked.min_free_gb * GIB),
+    )
+
+    def say(text: str) -> None:
+        if rank == 0:
+            print(text, flush=True)
+
+    if config.dry_run:
+        return filler.preview(options, variant.latent_channels, variant.config.text_dim, say)
+    return filler.open_filled(options, rank=rank, wait_timeout=asked.wait_timeout, say=say)
 
 
 def latent_shape(

@@ -73,6 +73,7 @@ def run(plan: Plan, device: torch.device) -> None:
         dist.say(line)
     dist.require_agreement("software", str(software()))
     dist.require_agreement("configuration", str(config.to_dict(options)))
+    dist.require_agreement("data", plan.data.fingerprint)
     dist.require_agreement("recompute policy", plan.recompute)  # auto looks at this rank's own GPU
     if options.health_check:
         look_at_ranks(device)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
-from megawan import config
+from megawan import config, dist, filler
 from megawan import engine as engines
 from megawan.checkpoint import EMA, Fragment, StepWeights
 from megawan.data.batch import Batch
@@ -134,7 +134,7 @@ class Trainer:
         """Return the micro-batches of every step after `start`, as this rank's data-parallel group takes
         them."""
         options = self.plan.config
-        return make_loader(
+        batches = make_loader(
             self.plan.data,
             seed=options.seed,
             micro_batch=options.micro_batch,
@@ -145,6 +145,15 @@ class Trainer:
             prompt_dropout=options.data.prompt_dropout,
             start_step=start,
             workers=options.data.workers,
+        )
+        return filler.paced(
+            batches,
+            self.plan.data,
+            seed=options.seed,
+            global_batch=self.plan.global_batch,
+            start=start,
+            steps=self.plan.steps,
+            say=dist.say,
         )
 
     @property

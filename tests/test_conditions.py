@@ -17,13 +17,13 @@ from megawan.data.loader import make_loader
 from megawan.data.manifest import read_manifest
 from megawan.data.synthetic import SyntheticLatents
 from megawan.data.video import write_mp4
+from megawan.encode_options import EncodeOptions, open_image
 from megawan.encoders.dct import DctCodec
 from megawan.encoders.image import ImageEncoder
 from megawan.encoders.text import TextEncoder
 from megawan.models.variants import get_variant
 from megawan.rng import generator_at
 from tests.commands import ROOT, command
-from tools.encode_dataset import Options, open_image
 from tools.encode_dataset import main as encode_dataset
 
 SIZE = ClipSize(5, 32, 32, None)
@@ -246,6 +246,6 @@ def test_a_store_without_clip_features_trains_an_a14b_image_model(tmp_path: Path
     ],
 )
 def test_flags_that_do_not_fit_are_refused(options: dict[str, Any], said: str) -> None:
-    asked = Options(input=Path("clips"), output=Path("store"), **options)
+    flags = {name: value for name, value in options.items() if name != "variant"}
     with pytest.raises(ValueError, match=said):
-        open_image(asked, DctCodec(), torch.device("cpu"))
+        open_image(EncodeOptions(**flags), options.get("variant"), DctCodec(), torch.device("cpu"))

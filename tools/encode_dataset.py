@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root instead of tools/
 
@@ -20,16 +20,11 @@ import torch
 from tqdm import tqdm
 
 from megawan.cli import UserError, parse, run
-from megawan.conditions import ImageConditions, open_conditions
-from megawan.data.cutting import CODEC_STRIDES, CutOptions, clip_size
 from megawan.data.encoding import REJECTED, Report, encode
 from megawan.data.manifest import read_manifest
 from megawan.data.ranks import Ranks
 from megawan.dist import tasks
-from megawan.encoders.codec import VideoCodec
-from megawan.encoders.opening import open_codec
-from megawan.encoders.text import TextEncoder
-from megawan.models.variants import get_variant
+from megawan.encode_options import EncodeOptions, checked_size, open_encoders
 
 PROG = "tools/encode_dataset.py"
 ALIASES = {
@@ -42,41 +37,18 @@ ALIASES = {
     "bucket_reso_steps": "bucket_step",
     "video_sample_n_frames": "num_frames",  # VideoX-Fun
 }
-WAN_TEXT_LEN = 512
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(CutOptions):
+class Options(EncodeOptions):
     """Which clips, by which encoders, to which size."""
 
     input: Path
     """metadata.csv/.json/.jsonl, a folder that holds one, or a folder of clips with .txt captions."""
     output: Path
     """Folder of the latent store."""
-    root: Path | None = None
-    """Folder that relative paths start at; default: the manifest's own."""
-    allow_outside_root: bool = False
-    """Let the manifest name files outside that folder."""
-    codec: Literal["dct", "wan2.1", "wan2.2"] = "wan2.1"
-    """Video encoder: Wan's VAEs (2.2 for ti2v-5B), or dct, the weightless demo codec."""
-    vae: Path | None = None
-    """Weights of the VAE: Wan2.1_VAE.pth, Wan2.2_VAE.pth or a diffusers folder; not for dct."""
-    vae_tile: int | None = None
-    """Encode in tiles of so many pixels (64n) where memory is short; the latents differ; default none."""
     variant: str | None = None
     """The Wan that will train on this: stores what its image conditions are made of; default: text only."""
-    image_encoder: str | None = None
-    """For Wan2.1's i2v and flf2v: its CLIP file, an image_encoder folder, or debug for a seeded tiny one."""
-    text_encoder: str = "debug"
-    """Folder or file of the UMT5 encoder, or debug for the seeded tiny one of the debug variants."""
-    text_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Precision of the UMT5 encoder; bfloat16 is what Wan's authors use. The debug one is float32."""
-    tokenizer: Path | None = None
-    """Folder of its tokenizer; default: in, beside or under google/umt5-xxl with the encoder."""
-    text_len: int | None = None
-    """Longest caption in tokens; default 512, and 32 for the debug encoder."""
-    shard_mib: int = 1024
-    """Size of the store's files in MiB; a kill loses at most the one that was being filled."""
     shard: str = "0/1"
     """I/N: encode only share I (from 0) of N, in a job array; a last call without it finishes the store.
     Under torchrun or srun the ranks divide the share again."""
@@ -94,10 +66,8 @@ def main(argv: Sequence[str]) -> None:
     ranks: Ranks | None = None
     try:
         place = tasks()
-        size = clip_size(
-            options, CODEC_STRIDES[options.codec], still_images=takes_still_images(options.variant)
-        )
-        for name in ("shard_mib", "batch", "rank_timeout"):
+        size = checked_size(options, options.variant)
+        for name in ("batch", "rank_timeout"):
             if getattr(options, name) < 1:
                 raise ValueError(f"--{name} {getattr(options, name)} must be 1 or more")
         if options.workers < 0:
@@ -112,16 +82,17 @@ def main(argv: Sequence[str]) -> None:
             print(f"found {manifest.found}", flush=True)
         if place.world_size > 1 and finishes:
             ranks = Ranks(options.output, place.rank, place.world_size, options.rank_timeout)
-        device = pick_device(place.local_rank)
-        codec = open_codec(options.codec, options.vae, device, options.vae_tile, options.batch > 1)
-        conditions = open_image(options, codec, device)
-        text, text_len = open_text(options, device)
+        encoders = open_encoders(
+            options, options.variant, default_device(place.local_rank), options.batch > 1
+        )
         rows = len(manifest.rows[share::shares])
         captions_cut: list[int] = []
 
         def gather(done: dict[str, Any]) -> list[dict[str, Any]] | None:
             # Ranks of one share of a job array do not meet: a last call finds what all shares made.
-            told = ranks.gather({**done, "captions_cut": text.truncated}) if ranks is not None else None
+            told = (
+                ranks.gather({**done, "captions_cut": encoders.text.truncated}) if ranks is not None else None
+            )
             captions_cut.extend(one["captions_cut"] for one in told or [])
             return told
 
@@ -138,13 +109,13 @@ def main(argv: Sequence[str]) -> None:
             report = encode(
                 manifest,
                 options.output,
-                codec,
-                options.codec,
-                text,
+                encoders.codec,
+                encoders.codec_name,
+                encoders.text,
                 size,
-                text_len,
-                device=device,
-                conditions=conditions,
+                encoders.text_len,
+                device=encoders.device,
+                conditions=encoders.conditions,
                 share=(share, shares),
                 gather=gather if place.world_size > 1 else None,
                 shard_bytes=options.shard_mib << 20,
@@ -158,7 +129,7 @@ def main(argv: Sequence[str]) -> None:
                 ranks.fail(str(error))
         raise UserError(str(error)) from None
     if ranks is None or place.rank == 0:
-        cut = sum(captions_cut) if ranks is not None else text.truncated
+        cut = sum(captions_cut) if ranks is not None else encoders.text.truncated
         where = f"share {share}/{shares} of {options.output}, no index yet"
         print(summary(options, report, where, cut, time.monotonic() - begun))
 
@@ -180,13 +151,11 @@ def summary(options: Options, report: Report, where: str, captions_cut: int, sec
     return "\n".join(lines)
 
 
-def pick_device(local_rank: int) -> torch.device:
+def default_device(local_rank: int) -> str:
     """Return the GPU of this rank of its machine, the CPU where there is none; ranks may share a GPU."""
     if not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", local_rank % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    return device
+        return "cpu"
+    return f"cuda:{local_rank % torch.cuda.device_count()}"
 
 
 def parse_share(text: str) -> tuple[int, int]:
@@ -195,35 +164,6 @@ def parse_share(text: str) -> tuple[int, int]:
     if not (slash and first.isdecimal() and second.isdecimal() and int(first) < int(second)):
         raise ValueError(f"--shard {text} must be I/N with I from 0 to N-1")
     return int(first), int(second)
-
-
-def takes_still_images(variant: str | None) -> bool:
-    """Return whether a model can learn from one frame: not one that is given the first and the last."""
-    return variant is None or get_variant(variant).task != "flf2v"
-
-
-def open_image(options: Options, codec: VideoCodec, device: torch.device) -> ImageConditions | None:
-    """Return what makes the image conditions of --variant, None where it has none."""
-    if options.variant is None:
-        if options.image_encoder is not None:
-            raise ValueError("--image_encoder is for image-to-video models: name one with --variant")
-        return None
-    return open_conditions(get_variant(options.variant), codec, options.image_encoder, device)
-
-
-def open_text(options: Options, device: torch.device) -> tuple[TextEncoder, int]:
-    """Return the text encoder and its longest caption in tokens."""
-    if options.text_encoder == "debug":
-        wan = get_variant("debug").config
-        text, default = TextEncoder.debug(dim=wan.text_dim), wan.text_len
-    else:
-        dtype = getattr(torch, options.text_dtype)
-        text = TextEncoder.open(Path(options.text_encoder), options.tokenizer, device, dtype)
-        default = WAN_TEXT_LEN
-    length = options.text_len or default
-    if length < 1:
-        raise ValueError(f"--text_len {length} must be 1 or more")
-    return text, length
 
 
 def rank_of_this() -> int:

@@ -57,6 +57,13 @@ class ClipSize:
             return self.height, self.width
         return self.budget.size_of(length, height, width)
 
+    @property
+    def most_frames(self) -> int | None:
+        """Return how many frames of a clip (after resampling) its windows can reach; None: all it has."""
+        if self.windows is None:
+            return None
+        return (self.windows - 1) * (self.window_stride or self.num_frames) + self.num_frames
+
     def settings(self) -> dict[str, Any]:
         """Return what a store says of itself; what is as by default is not mentioned."""
         settings: dict[str, Any] = {"num_frames": self.num_frames}

@@ -123,21 +123,10 @@ def encode(
     holds are kept. Raises ValueError when no clip can be used, when the folder holds a store of other
     settings, or when the size does not fit the codec.
     """
-    settings = {
-        "codec": codec_name,
-        "codec_fingerprint": codec.fingerprint,
-        "latent_channels": codec.latent_channels,
-        "stride": list(codec.stride),
-        "text_fingerprint": text.fingerprint,
-        "text_dim": text.dim,
-        "text_len": text_len,
-        **size.settings(),
-        **(conditions.settings if conditions else {}),
-        **({"batch": batch} if batch > 1 else {}),
-    }
+    settings = store_settings(codec, codec_name, text, text_len, size, conditions, batch)
     report = Report()
     order: dict[str, None] = {}  # keys of the samples, in the manifest's order
-    features = _Features(text, text_len)
+    features = Features(text, text_len)
     mine, shares = share
     rows = manifest.rows[mine::shares]
     part = f"{mine}of{shares}" if shares > 1 else ""
@@ -150,7 +139,7 @@ def encode(
             for place, sample in enumerate(group):
                 tensors = {name: value[place] for name, value in made.items()}
                 tensors["text"] = features[sample.row.prompt]
-                described = _describe(sample.row, sample.digest, sample.window, size)
+                described = describe_sample(sample.row, sample.digest, sample.window, size)
                 writer.add(sample.key, tensors, described, more=place + 1 < len(group))
             report.encoded += len(group)
 
@@ -190,7 +179,7 @@ def encode(
             raise ValueError(_nothing(rows, report))
         writer.flush()
         if shares == 1:
-            _write_rejected(output / REJECTED, report)
+            write_rejected(output / REJECTED, report)
             report.store = writer.finish(list(order), features[""])
     told = gather(report.as_json()) if gather is not None else None
     if told is not None:
@@ -198,10 +187,34 @@ def encode(
         if not report.samples:
             raise ValueError(_nothing(manifest.rows, report))
         with StoreWriter(output, settings, shard_bytes) as writer:
-            _write_rejected(output / REJECTED, report)
+            write_rejected(output / REJECTED, report)
             keys = [key for row in manifest.rows for key in report.samples.get(row.number, [])]
             report.store = writer.finish(keys, features[""])
     return report
+
+
+def store_settings(
+    codec: Codec,
+    codec_name: str,
+    text: Text,
+    text_len: int,
+    size: ClipSize,
+    conditions: Conditions | None,
+    batch: int = 1,
+) -> dict[str, Any]:
+    """Return what a store says of all its samples: samples that differ in it are not mixed."""
+    return {
+        "codec": codec_name,
+        "codec_fingerprint": codec.fingerprint,
+        "latent_channels": codec.latent_channels,
+        "stride": list(codec.stride),
+        "text_fingerprint": text.fingerprint,
+        "text_dim": text.dim,
+        "text_len": text_len,
+        **size.settings(),
+        **(conditions.settings if conditions else {}),
+        **({"batch": batch} if batch > 1 else {}),
+    }
 
 
 def visual_tensors(
@@ -340,7 +353,7 @@ def _nothing(rows: Sequence[Row], report: Report) -> str:
     return f"0 usable clips of {len(rows)}; the first: {why}"
 
 
-class _Features:
+class Features:
     """Captions' features, the last few kept: windows of one clip share a caption, and some datasets do."""
 
     def __init__(self, text: Text, text_len: int) -> None:
@@ -356,7 +369,7 @@ class _Features:
         return self._kept[prompt]
 
 
-def _describe(row: Row, digest: str, window: Window, size: ClipSize) -> dict[str, Any]:
+def describe_sample(row: Row, digest: str, window: Window, size: ClipSize) -> dict[str, Any]:
     """Return the index's row of a sample: where it comes from."""
     described: dict[str, Any] = {"prompt": row.prompt, "source": row.path.name, "source_sha256": digest}
     if size.windows != 1:
@@ -368,7 +381,9 @@ def _describe(row: Row, digest: str, window: Window, size: ClipSize) -> dict[str
     return described
 
 
-def _write_rejected(file: Path, report: Report) -> None:
+def write_rejected(file: Path, report: Report) -> None:
+    """Write the clips that gave no sample, or fewer than they have, one JSON object a line; no file if
+    none."""
     entries = [(row, reason, 0) for row, reason in report.rejected] + report.cut_short
     entries.sort(key=lambda entry: entry[0].number)
     if not entries:

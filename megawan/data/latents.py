@@ -33,31 +33,19 @@ SHARD_BYTES = 1 << 30
 REQUIRED = ("format", "version", "settings", "samples", "shards")
 
 
-class LatentStore:
-    """A finished store, read lazily: each sample's tensors are mapped from their shard when asked for."""
+class StoredSamples:
+    """Samples in the shards of a store, read lazily: their tensors are mapped when they are asked for."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises FileNotFoundError or ValueError naming the file that is missing, foreign or of another
-        size."""
+    def __init__(self, path: Path, settings: Mapping[str, Any], rows: list[dict[str, Any]]) -> None:
         self.path = path
-        self._index = _read_index(path)
-        self.settings: dict[str, Any] = self._index["settings"]
-        self._rows: list[dict[str, Any]] = self._index["samples"]
-        self.shapes: list[tuple[int, int, int, int]] = [tuple(row["shape"]) for row in self._rows]
+        self.settings = dict(settings)
+        self._rows = rows
+        self.shapes: list[tuple[int, int, int, int]] = [tuple(row["shape"]) for row in rows]
         self.latent_channels = int(self.settings["latent_channels"])
         self.text_dim = int(self.settings["text_dim"])
         self.condition: str = self.settings.get("condition", "none")
         self.clip_tokens = int(self.settings.get("clip_tokens", 0))
         self._handles: dict[str, Any] = {}
-        for name, entry in self._index["shards"].items():
-            file = _inside(path, name)
-            if not file.is_file():
-                raise FileNotFoundError(f"{file}: the store's index lists this shard, but it is missing")
-            if file.stat().st_size != entry["bytes"]:
-                raise ValueError(
-                    f"{file}: has {file.stat().st_size} bytes, the index says {entry['bytes']};"
-                    " encode it again"
-                )
 
     @property
     def fingerprint(self) -> str:
@@ -105,14 +93,6 @@ class LatentStore:
             )
         return text
 
-    def verify(self) -> None:
-        """Read every shard and raise ValueError naming the first whose sha256 is not the index's."""
-        for name, entry in self._index["shards"].items():
-            if sha256(_inside(self.path, name)) != entry["sha256"]:
-                raise ValueError(
-                    f"{self.path / name}: does not have the sha256 of the index; encode it again"
-                )
-
     def _tensor(self, shard: str, key: str) -> Tensor:
         try:
             if shard not in self._handles:
@@ -124,6 +104,39 @@ class LatentStore:
     def __getstate__(self) -> dict[str, Any]:
         """Leave open files behind: each reading process opens its own."""
         return {**self.__dict__, "_handles": {}}
+
+
+class LatentStore(StoredSamples):
+    """A finished store."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises FileNotFoundError or ValueError naming the file that is missing, foreign or of another
+        size."""
+        index = _read_index(path)
+        super().__init__(path, index["settings"], index["samples"])
+        self._shards: dict[str, Any] = index["shards"]
+        for name, entry in self._shards.items():
+            file = _inside(path, name)
+            if not file.is_file():
+                raise FileNotFoundError(f"{file}: the store's index lists this shard, but it is missing")
+            if file.stat().st_size != entry["bytes"]:
+                raise ValueError(
+                    f"{file}: has {file.stat().st_size} bytes, the index says {entry['bytes']};"
+                    " encode it again"
+                )
+
+    @property
+    def keys(self) -> list[str]:
+        """Return the samples' names, by id."""
+        return [row["key"] for row in self._rows]
+
+    def verify(self) -> None:
+        """Read every shard and raise ValueError naming the first whose sha256 is not the index's."""
+        for name, entry in self._shards.items():
+            if sha256(_inside(self.path, name)) != entry["sha256"]:
+                raise ValueError(
+                    f"{self.path / name}: does not have the sha256 of the index; encode it again"
+                )
 
 
 class StoreWriter:
@@ -181,6 +194,11 @@ class StoreWriter:
     def rows(self) -> dict[str, dict[str, Any]]:
         """Return what the index will say of the samples that are safely in a shard, by key."""
         return {row["key"]: row for row in self._rows}
+
+    @property
+    def shards(self) -> int:
+        """Return how many shards there are."""
+        return len(self._shards)
 
     def add(
         self, key: str, tensors: Mapping[str, Tensor], row: Mapping[str, Any], *, more: bool = False
