@@ -75,8 +75,18 @@ class ModelOptions:
 class DataOptions:
     """The latents to train on."""
 
-    path: Path | None = None
-    """Latent store made by tools/encode_dataset.py; without it, deterministic synthetic latents."""
+    path: tuple[Path, ...] = ()
+    """Latent stores made by tools/encode_dataset.py, one or several; without any, deterministic synthetic
+    latents."""
+    weights: tuple[float, ...] = ()
+    """How much of what is trained each store of --data.path is, relative to the others: 3 1 1 (default: by
+    their numbers of samples; 0 leaves a store out)."""
+    image_share: float | None = None
+    """Share of still images in what is trained of a store that holds images and videos, 0 to 1 (default: by
+    number)."""
+    shape_group: int = 0
+    """Samples in a row that have one latent shape: 0, all of a step; N, a multiple of --micro_batch, lets
+    a step have several shapes, dealt so that no rank waits long for another."""
     num_frames: int | None = None
     """Frames of the synthetic clips (4n+1, default 9); with a store, what its clips must have."""
     height: int | None = None
@@ -86,6 +96,9 @@ class DataOptions:
     prompt_dropout: float = 0.0
     """Share of samples whose caption is replaced by the empty one, so that guidance works; the specification
     has 0."""
+    max_bad: float = 0.01
+    """Share of the samples that may be unreadable or not finite and are replaced, counted by each rank (one
+    always may); more end the run. 0: none may."""
     workers: int = 0
     """Reading processes a rank; 0 reads in the training process (enough for small latents)."""
     source: Path | None = None
@@ -211,8 +224,8 @@ def _convert(hint: Any, value: Any, *, where: str) -> Any:
         inner = [option for option in typing.get_args(hint) if option is not type(None)]
         return None if value is None else _convert(inner[0], value, where=where)
     if origin is tuple:
-        if not isinstance(value, list):
-            raise cli.UserError(f"{where} is {value!r}; expected a list")
+        if not isinstance(value, list):  # one value stands for a list of one, null for none
+            value = [] if value is None else [value]
         kinds = typing.get_args(hint)
         kinds = (kinds[0],) * len(value) if kinds[-1] is Ellipsis else kinds
         return tuple(_convert(kind, item, where=where) for kind, item in zip(kinds, value, strict=True))

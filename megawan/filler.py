@@ -44,6 +44,7 @@ from megawan.data.filling import (
 from megawan.data.latents import LatentStore, StoredSamples
 from megawan.data.manifest import read_manifest
 from megawan.data.sampler import GlobalOrder
+from megawan.data.streams import by_shape
 from megawan.data.survey import Memory, survey
 from megawan.encode_options import EncodeOptions, checked_size, open_encoders
 from megawan.files import write_json, write_tensors
@@ -147,6 +148,7 @@ def paced(
     *,
     seed: int,
     global_batch: int,
+    group: int,
     start: int,
     steps: int,
     say: Callable[[str], None],
@@ -158,7 +160,7 @@ def paced(
     """
     if not isinstance(data, FillingStore):
         return batches
-    return _paced(batches, data, seed, global_batch, start, steps, say)
+    return _paced(batches, data, seed, global_batch, group, start, steps, say)
 
 
 def _paced(
@@ -166,12 +168,13 @@ def _paced(
     data: FillingStore,
     seed: int,
     global_batch: int,
+    group: int,
     start: int,
     steps: int,
     say: Callable[[str], None],
 ) -> Iterator[list[Batch]]:
     if data.trainer is not None:
-        data.trainer.begin(seed, global_batch, start)
+        data.trainer.begin(seed, global_batch, group, start)
     step = start
     try:
         for step in itertools.count(start):
@@ -232,11 +235,11 @@ class Worker:
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
         return f"(process {self._process.pid}) {how}"
 
-    def begin(self, seed: int, global_batch: int, start_step: int) -> None:
+    def begin(self, seed: int, global_batch: int, group: int, start_step: int) -> None:
         """Tell the order of the samples; encoding begins."""
         self._position.value = start_step
         with contextlib.suppress(OSError):  # a process that died is noticed by who waits for it
-            self._orders.send((seed, global_batch, start_step))
+            self._orders.send((seed, global_batch, group, start_step))
 
     def reach(self, step: int) -> None:
         """Tell which step the training is at."""
@@ -328,8 +331,9 @@ def _prepare_and_fill(
     write_json(folder.plan, {"settings": settings, "samples": rows})
     status.planned, status.state, status.note, status.done = True, "waiting for the first step", "", 0
     show()
-    seed, global_batch, start_step = orders.recv()
-    order = GlobalOrder([tuple(row["shape"]) for row in rows], seed=seed, global_batch=global_batch)
+    seed, global_batch, group, start_step = orders.recv()
+    streams = by_shape([tuple(row["shape"]) for row in rows])
+    order = GlobalOrder(streams, seed=seed, global_batch=global_batch, group=group)
     print(f"encoding {len(rows)} samples in the order of step {start_step + 1} on", flush=True)
     filling.fill(
         found,

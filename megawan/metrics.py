@@ -5,6 +5,7 @@ import platform
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megawan import dist
+from megawan.data.batch import Batch
 
 SIGMA_BINS = 10
 
@@ -63,6 +65,34 @@ class LossMeter:
         counts = sums[2 + SIGMA_BINS :]
         by_bin = {i: float(sums[2 + i] / counts[i]) for i in range(SIGMA_BINS) if counts[i] > 0}
         return float(sums[0] / sums[1]), by_bin
+
+
+class DataMeter:
+    """What the steps since the last reading were made of; needs nothing of the device."""
+
+    def __init__(self, dp_size: int) -> None:
+        self._dp_size = dp_size
+        self._start_anew()
+
+    def _start_anew(self) -> None:
+        self._tokens = self._replaced = self._steps = 0
+        self._imbalance = 0.0
+
+    def add(self, micro_batches: Sequence[Batch], tokens: int) -> None:
+        """Count a step of this data-parallel rank and the tokens with loss that it had."""
+        self._tokens += tokens
+        self._replaced += sum(len(batch.replaced) for batch in micro_batches)
+        self._imbalance += micro_batches[0].imbalance
+        self._steps += 1
+
+    def read(self) -> tuple[float, dict[str, float]]:
+        """Return the tokens of all data-parallel ranks and the curves, and start anew; one all-reduce."""
+        mine = torch.tensor([float(self._tokens), float(self._replaced)])
+        # The ranks of a context-parallel group count the same, so the mean is that of the dp ranks.
+        tokens, replaced = (dist.mean_over_ranks(mine) * self._dp_size).tolist()
+        curves = {"data/imbalance": self._imbalance / self._steps, "data/replaced": round(replaced, 3)}
+        self._start_anew()
+        return tokens, curves
 
 
 class Clock:

@@ -15,8 +15,9 @@ import torch
 from megawan import checkpoint, cost, ds_config, ema, filler, metrics, optim
 from megawan.cli import UserError
 from megawan.config import TrainConfig
-from megawan.data.filling import FillingStore
+from megawan.data.filling import FillingError, FillingStore
 from megawan.data.latents import LatentStore, StoredSamples
+from megawan.data.mixture import Mixture
 from megawan.data.synthetic import SyntheticLatents
 from megawan.dist import Environment
 from megawan.encode_options import EncodeOptions, checked_size
@@ -45,7 +46,7 @@ class Plan:
     config: TrainConfig
     variant: Variant
     topology: Topology
-    data: StoredSamples | SyntheticLatents
+    data: StoredSamples | Mixture | SyntheticLatents
     flow: FlowMatching
     deepspeed: ds_config.Resolved
     steps: int
@@ -71,6 +72,18 @@ class Plan:
     def global_batch(self) -> int:
         """Videos of one optimizer step, over the whole world."""
         return self.config.micro_batch * self.config.accumulation * self.topology.dp_size
+
+    @property
+    def data_fingerprint(self) -> str:
+        """What decides the samples of every step, beside seed and global batch."""
+        group = self.config.data.shape_group
+        return self.data.fingerprint + (f", groups of {group}" if group else "")
+
+    @property
+    def sample_costs(self) -> dict[tuple[int, ...], float]:
+        """FLOPs of training on one video of each latent shape."""
+        shape, patch = model_shape(self.variant.config), self.variant.config.patch_size
+        return {each: float(cost.train_flops(shape, _tokens(each, patch))) for each in set(self.data.shapes)}
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -111,13 +124,19 @@ class Plan:
             f"{', compiled' if config.model.compile else ''}",
             f"batch: {self.global_batch} videos a step = micro_batch {config.micro_batch} x accumulation"
             f" {config.accumulation} x dp {layout.dp_size}; {self.steps} steps ="
-            f" {self.steps * self.global_batch / len(self.data):.1f} passes over {len(self.data)} samples",
+            f" {self.steps * self.global_batch / len(self.data):.1f} passes over {len(self.data)} samples"
+            + (f"; every {config.data.shape_group} of one shape" if config.data.shape_group else ""),
+            *([self._passes(self.data)] if isinstance(self.data, Mixture) else []),
             self.flow.describe(),
             f"cost: {flops / 1e12:,.3g} TFLOP a step (recompute not counted); model states"
             f" {memory.states / GIB:,.3g} GiB a rank",
             f"memory: {describe_memory(memory)}; recompute adds"
             f" {repeated / cost.train_flops(shape, longest):.1%} FLOPs",
         ]
+
+    def _passes(self, mixed: Mixture) -> str:
+        passes = mixed.passes(self.steps * self.global_batch)
+        return "passes: " + ", ".join(f"{name} {times:.1f}" for name, times in passes)
 
 
 def model_shape(wan: WanConfig) -> cost.ModelShape:
@@ -151,15 +170,16 @@ def require_inputs(plan: Plan) -> None:
         )
     if isinstance(plan.data, FillingStore):
         return  # it is encoded for this very variant, and sample 0 may come late
-    sample = plan.data[0]
+    held = plan.data.extras
     needed = {
-        "CLIP features": (variant.config.has_clip, sample.clip),
-        "condition": (variant.condition_channels > 0, sample.condition),
+        "CLIP features": (variant.config.has_clip, "clip"),
+        "condition": (variant.condition_channels > 0, "condition"),
     }
-    lacking = [name for name, (wanted, held) in needed.items() if wanted and held is None]
+    lacking = [name for name, (wanted, stored) in needed.items() if wanted and stored not in held]
     if lacking:
+        paths = " ".join(map(str, plan.config.data.path))
         raise UserError(
-            f"--data.path {plan.config.data.path}: its samples have no {' and no '.join(lacking)}, which"
+            f"--data.path {paths}: its samples have no {' and no '.join(lacking)}, which"
             f" {variant.name} takes; encode for this variant"
         )
 
@@ -201,6 +221,9 @@ def _resolve(config: TrainConfig, place: Environment) -> Plan:
         raise ValueError(f"--data.prompt_dropout {config.data.prompt_dropout} must lie between 0 and 1")
     if config.data.workers < 0:
         raise ValueError(f"--data.workers {config.data.workers} must be 0 or more")
+    if not 0 <= config.data.max_bad <= 1:
+        raise ValueError(f"--data.max_bad {config.data.max_bad} must lie between 0 and 1")
+    check_shape_group(config, topology)
     weights = None if config.model.init_from is None else open_start(config, variant).describe()
     file = ds_config.find(config.deepspeed, PACKAGE)
     resolved = ds_config.resolve(
@@ -371,26 +394,39 @@ def cost_layout(config: TrainConfig, topology: Topology, resolved: ds_config.Res
     )
 
 
-def open_data(config: TrainConfig, variant: Variant, rank: int) -> StoredSamples | SyntheticLatents:
+def check_shape_group(config: TrainConfig, topology: Topology) -> None:
+    """Raise ValueError, listing what is legal, for a --data.shape_group that cannot cut the global batch."""
+    group, micro_batch = config.data.shape_group, config.micro_batch
+    groups = config.accumulation * topology.dp_size
+    legal = [micro_batch * number for number in divisors(groups)]
+    if group and group not in legal:
+        raise ValueError(
+            f"--data.shape_group {group} must be a multiple of --micro_batch {micro_batch} and divide the"
+            f" global batch of {micro_batch * groups}; legal: 0, {', '.join(map(str, legal))}"
+        )
+
+
+def open_data(config: TrainConfig, variant: Variant, rank: int) -> StoredSamples | Mixture | SyntheticLatents:
     """Return the latents that the run trains on, checked against the variant.
 
-    With --data.source, rank 0 starts the process that fills the store. Raises ValueError when the store is of
-    another VAE, another text encoder, or other clip sizes than asked.
+    With --data.source, rank 0 starts the process that fills the store. Raises ValueError when a store is of
+    another VAE, another text encoder, or other clip sizes than asked, and when stores do not go together.
     """
     wan, asked = variant.config, config.data
-    stride = variant.vae_stride
-    channels = variant.latent_channels
     if asked.source is None and config.encode != EncodeOptions():
         raise ValueError("--encode.* says how --data.source is encoded; give it, or leave --encode.* out")
-    if asked.path is None:
-        if asked.source is not None:
-            raise ValueError(f"--data.source {asked.source} needs --data.path, the store to fill")
+    if asked.source is not None and len(asked.path) != 1:
+        raise ValueError(f"--data.source {asked.source} needs --data.path, the one store to fill")
+    if not asked.path:
+        if asked.weights or asked.image_share is not None:
+            given = "weights" if asked.weights else "image_share"
+            raise ValueError(f"--data.{given} divides latent stores; give them with --data.path")
         shape = latent_shape(
             9 if asked.num_frames is None else asked.num_frames,
             64 if asked.height is None else asked.height,
             64 if asked.width is None else asked.width,
-            channels,
-            stride,
+            variant.latent_channels,
+            variant.vae_stride,
             wan.patch_size,
         )
         return SyntheticLatents(
@@ -401,34 +437,46 @@ def open_data(config: TrainConfig, variant: Variant, rank: int) -> StoredSamples
             clip=(wan.clip_tokens, wan.image_dim) if wan.clip_tokens and wan.image_dim else None,
             condition_channels=variant.condition_channels,
         )
-    store = open_store(config, variant, asked.path, rank)
-    if store.latent_channels != channels or store.text_dim != wan.text_dim:
+    stores = [open_store(path, config, variant, rank) for path in asked.path]
+    if len(stores) == 1 and not asked.weights and asked.image_share is None:
+        return stores[0]
+    if asked.source is not None:
+        raise ValueError("--data.weights and --data.image_share take finished stores, not --data.source")
+    return Mixture(
+        [store for store in stores if isinstance(store, LatentStore)], asked.weights, asked.image_share
+    )
+
+
+def open_store(path: Path, config: TrainConfig, variant: Variant, rank: int) -> StoredSamples:
+    """Return the store of this folder. Raises ValueError when it is not what the variant or --data.* asks."""
+    store, stride = open_folder(path, config, variant, rank), variant.vae_stride
+    channels, text_dim = variant.latent_channels, variant.config.text_dim
+    if store.latent_channels != channels or store.text_dim != text_dim:
         raise ValueError(
-            f"--data.path {asked.path}: latents of {store.latent_channels} channels and text of"
-            f" {store.text_dim} features, but {config.model.variant} takes {channels} and {wan.text_dim};"
+            f"--data.path {path}: latents of {store.latent_channels} channels and text of"
+            f" {store.text_dim} features, but {config.model.variant} takes {channels} and {text_dim};"
             " encode for this variant"
         )
     codec = store.settings.get("codec")
     if config.model.init_from is not None and variant.repository and codec != f"wan{variant.vae}":
         raise ValueError(
-            f"--data.path {asked.path}: latents of codec {codec}, but weights of {config.model.variant} know"
+            f"--data.path {path}: latents of codec {codec}, but weights of {config.model.variant} know"
             f" those of wan{variant.vae}; encode with --codec wan{variant.vae}"
         )
     for axis, name in enumerate(("num_frames", "height", "width")):
-        size, first = getattr(asked, name), 1 if axis == 0 else 0  # the first frame is a latent of its own
+        size, first = getattr(config.data, name), 1 if axis == 0 else 0  # the first frame is a latent
         held = {(shape[axis + 1] - first) * stride[axis] + first for shape in store.shapes}
         if size is not None and held != {size}:
             raise ValueError(
-                f"--data.{name} {size}: the store {asked.path} has clips of"
-                f" {', '.join(map(str, sorted(held)))}"
+                f"--data.{name} {size}: the store {path} has clips of {', '.join(map(str, sorted(held)))}"
             )
     for shape in set(store.shapes):
-        _tokens(shape, wan.patch_size)
+        _tokens(shape, variant.config.patch_size)
     return store
 
 
-def open_store(config: TrainConfig, variant: Variant, path: Path, rank: int) -> StoredSamples:
-    """Return the store --data.path: a finished one, or with --data.source one that is being filled."""
+def open_folder(path: Path, config: TrainConfig, variant: Variant, rank: int) -> StoredSamples:
+    """Return the store of this folder: a finished one, or with --data.source one that is being filled."""
     asked = config.data
     if asked.source is None:
         return LatentStore(path)
@@ -457,7 +505,10 @@ def open_store(config: TrainConfig, variant: Variant, path: Path, rank: int) -> 
 
     if config.dry_run:
         return filler.preview(options, variant.latent_channels, variant.config.text_dim, say)
-    return filler.open_filled(options, rank=rank, wait_timeout=asked.wait_timeout, say=say)
+    try:
+        return filler.open_filled(options, rank=rank, wait_timeout=asked.wait_timeout, say=say)
+    except FillingError as error:
+        raise ValueError(str(error)) from None
 
 
 def latent_shape(
@@ -488,6 +539,6 @@ def run_folder(config: TrainConfig) -> Path:
     return Path("runs") / f"{config.model.variant}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
 
 
-def _tokens(shape: tuple[int, int, int, int], patch: tuple[int, int, int]) -> int:
+def _tokens(shape: tuple[int, ...], patch: tuple[int, int, int]) -> int:
     frames, height, width = token_grid(shape, patch)
     return frames * height * width

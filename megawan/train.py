@@ -24,10 +24,11 @@ from tqdm import tqdm
 from megawan import checkpoint, cli, config, dist
 from megawan.agreement import StepAgreement, describe_samples
 from megawan.changes import changes, refused
+from megawan.data.replacement import BadSamples
 from megawan.faults import broken
 from megawan.files import write_json
 from megawan.health import examine
-from megawan.metrics import Clock, LossMeter, RunLog, describe_environment, peak_memory, software
+from megawan.metrics import Clock, DataMeter, LossMeter, RunLog, describe_environment, peak_memory, software
 from megawan.plan import Plan, make_plan, open_start, require_inputs, run_folder
 from megawan.run_folder import USED, RunFolder
 from megawan.saving import Saver
@@ -102,6 +103,8 @@ def run(plan: Plan, device: torch.device) -> None:
         loop(trainer, start, path, warning, watch)
     except (cli.UserError, cli.RunFailed):
         raise
+    except BadSamples as error:
+        raise cli.RunFailed(str(watch.explain(error))) from None
     except Exception as error:
         raise watch.explain(error) from None
     finally:
@@ -126,6 +129,7 @@ def loop(trainer: "Trainer", start: int, folder: Path, warning: dist.PreemptionW
 
     plan, device = trainer.plan, trainer.device
     options, meter, clock = plan.config, LossMeter(device), Clock()
+    data_meter = DataMeter(plan.topology.dp_size)
     log = RunLog(folder, options.metrics, start, plan.steps)
     log.text("config", "\n".join(f"    {line}" for line in plan.describe()), start)
     saver = Saver(folder / "checkpoints", options.checkpoint, options.dist_timeout)
@@ -139,7 +143,7 @@ def loop(trainer: "Trainer", start: int, folder: Path, warning: dist.PreemptionW
     )
     skipped = SkippedSteps(folder, plan, options.optim.max_skipped)
     batches, faults = trainer.batches(start), dist.faults()
-    tokens, logged, failed_saves = 0, start, 0
+    logged, failed_saves = start, 0
     for step in range(start + 1, plan.steps + 1):
         watch.at(step, "data")
         waiting = time.perf_counter()
@@ -150,7 +154,7 @@ def loop(trainer: "Trainer", start: int, folder: Path, warning: dist.PreemptionW
         request = agreement.ask(samples)
         watch.at(step, "forward and backward", samples)
         taken = trainer.step([batch.to(device) for batch in micro_batches], meter)
-        tokens += taken.tokens * plan.topology.dp_size
+        data_meter.add(micro_batches, taken.tokens)
         watch.at(step, "log", samples)
         if not taken.updated:
             skipped.add(step, taken, trainer.grad_norm)
@@ -160,6 +164,7 @@ def loop(trainer: "Trainer", start: int, folder: Path, warning: dist.PreemptionW
         if last or step % options.metrics.log_every == 0:
             loss, by_sigma = meter.read()
             seconds, waited = clock.read()
+            tokens, of_data = data_meter.read()
             scalars = {
                 "train/loss": loss,
                 "train/lr": trainer.engine.get_lr()[0],
@@ -169,10 +174,11 @@ def loop(trainer: "Trainer", start: int, folder: Path, warning: dist.PreemptionW
                 "perf/tokens_per_s": tokens / seconds,
                 "perf/data_wait": waited / seconds,
                 **{f"train/loss_by_sigma/q{index}": value for index, value in by_sigma.items()},
+                **of_data,
                 **peak_memory(device),
             }
             log.step(step, scalars, seconds / (step - logged))
-            tokens, logged = 0, step
+            logged = step
         due = options.checkpoint.save_every and step % options.checkpoint.save_every == 0
         if last or due or request.reason:
             watch.at(step, "save", samples)

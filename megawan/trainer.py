@@ -120,7 +120,7 @@ class Trainer:
             "variant": self.plan.config.model.variant,
             "model": config.to_dict(self.plan.variant.config),
             "config": config.to_dict(self.plan.config),
-            "data": self.plan.data.fingerprint,
+            "data": self.plan.data_fingerprint,
             "global_batch": self.plan.global_batch,
             "skipped_steps": self.skipped_steps,
         }
@@ -145,12 +145,16 @@ class Trainer:
             prompt_dropout=options.data.prompt_dropout,
             start_step=start,
             workers=options.data.workers,
+            shape_group=options.data.shape_group,
+            costs=self.plan.sample_costs,
+            max_bad=options.data.max_bad,
         )
         return filler.paced(
             batches,
             self.plan.data,
             seed=options.seed,
             global_batch=self.plan.global_batch,
+            group=options.data.shape_group or self.plan.global_batch,
             start=start,
             steps=self.plan.steps,
             say=dist.say,

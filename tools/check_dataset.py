@@ -63,6 +63,8 @@ class Options(CutOptions):
     """Data-parallel ranks: GPUs / (ulysses_degree x ring_degree)."""
     cp_size: int = 1
     """Ranks that share one video: ulysses_degree x ring_degree."""
+    shape_group: int = 0
+    """Samples in a row that have one shape (the training's --data.shape_group); 0: all of a step."""
     show: Literal["all", "problems"] = "all"
     """Rows of the table: every clip, or only those with something to say."""
     histogram: Path | None = None
@@ -82,7 +84,13 @@ def main(argv: Sequence[str]) -> None:
     """
     options = parse(Options, argv, prog=PROG, description=(__doc__ or "").strip(), aliases=ALIASES)
     try:
-        layout = Layout(options.micro_batch, options.accumulation, options.dp_size, options.cp_size)
+        layout = Layout(
+            options.micro_batch,
+            options.accumulation,
+            options.dp_size,
+            options.cp_size,
+            options.shape_group,
+        )
         if options.workers < 0:
             raise ValueError(f"--workers {options.workers} must be 0 or more")
         if options.histogram is not None and options.histogram.suffix.lower() != ".png":

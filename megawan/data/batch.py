@@ -1,7 +1,7 @@
 """One micro-batch: stacked latents and padded text with the keys that all randomness hangs on."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +23,20 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Replaced:
+    """A sample that could not be trained on, so that another took its place."""
+
+    sample_id: int
+    where: str
+    """Its file, and what it was made of."""
+    problem: str
+
+    def __str__(self) -> str:
+        """Return all of it in one line."""
+        return " ".join(f"sample {self.sample_id} ({self.where}): {self.problem}".split())
+
+
+@dataclass(frozen=True)
 class Batch:
     """What the step reads. Letters: B samples, C T H W latent, S text rows."""
 
@@ -31,24 +45,27 @@ class Batch:
     text: Tensor
     """float32 [B, S, text_dim], zero rows past each true length."""
     sample_ids: Tensor
-    """int64 [B], the sample's place in its store."""
+    """int64 [B], what was read, replaced samples included; megawan.data.streams.dataset_of says of which
+    dataset."""
     epochs: Tensor
     """int64 [B], how often the sample was passed before; (seed, sample_id, epoch) keys every draw."""
     prompts: tuple[str, ...]
     clip: Tensor | None = None
     condition: Tensor | None = None
+    replaced: tuple[Replaced, ...] = field(default=(), kw_only=True)
+    """The bad samples that others stand in for."""
+    imbalance: float = field(default=1.0, kw_only=True)
+    """Cost of the step's dearest rank over that of its mean rank: 1 when no rank waits for another."""
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch with its features on `device`; ids and epochs stay on the CPU, where draws are
         made."""
-        return Batch(
-            self.latents.to(device, non_blocking=True),
-            self.text.to(device, non_blocking=True),
-            self.sample_ids,
-            self.epochs,
-            self.prompts,
-            None if self.clip is None else self.clip.to(device, non_blocking=True),
-            None if self.condition is None else self.condition.to(device, non_blocking=True),
+        return replace(
+            self,
+            latents=self.latents.to(device, non_blocking=True),
+            text=self.text.to(device, non_blocking=True),
+            clip=None if self.clip is None else self.clip.to(device, non_blocking=True),
+            condition=None if self.condition is None else self.condition.to(device, non_blocking=True),
         )
 
 

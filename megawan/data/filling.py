@@ -53,8 +53,9 @@ POLLS_S = (0.02, 0.5)  # a reader looks again after the first, then ever later u
 SAY_S = 10.0
 
 
-class FillingError(ValueError):
-    """The store cannot be filled any further; the message is one line for a person."""
+class FillingError(RuntimeError):
+    """The store cannot be filled any further; the message is one line for a person. No ValueError: that is
+    what a bad sample raises, which is replaced."""
 
 
 @dataclass(frozen=True)
@@ -252,7 +253,7 @@ def _unknown() -> None:
 class Trainer(Protocol):
     """What the filling process wants to know of the training, told where it was started."""
 
-    def begin(self, seed: int, global_batch: int, start_step: int) -> None:
+    def begin(self, seed: int, global_batch: int, group: int, start_step: int) -> None:
         """Tell the order of the samples; encoding begins."""
         ...
 
@@ -570,10 +571,10 @@ def first_uses(order: GlobalOrder, samples: int, start_step: int) -> list[tuple[
     seen: set[int] = set()
     step = start_step
     while len(seen) < samples:
-        for sample, _ in order.step(step):
-            if sample not in seen:
-                seen.add(sample)
-                uses.append((step, sample))
+        for place in order.step(step):
+            if place.sample_id not in seen:
+                seen.add(place.sample_id)
+                uses.append((step, place.sample_id))
         step += 1
     return uses
 

@@ -8,23 +8,41 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from megawan import cost
+from megawan.data.balance import deal, imbalance
 from megawan.data.buckets import Bucket
 from megawan.data.inspection import Checked
+from megawan.data.sampler import GlobalOrder
+from megawan.data.streams import by_shape
+
+STEPS_LOOKED_AT = 200
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a training will divide its batches. Raises ValueError for a number below 1."""
+    """How a training will divide its batches. Raises ValueError for a number below 1, and for groups that
+    micro-batches do not fill or that do not fill a step."""
 
     micro_batch: int
     accumulation: int
     dp_size: int
     cp_size: int
+    shape_group: int = 0
+    """--data.shape_group of the training; 0: the whole step."""
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if value < 1:
+            if value < 1 and name != "shape_group":
                 raise ValueError(f"--{name} {value} must be 1 or more")
+        if self.group < 1 or self.group % self.micro_batch or self.global_batch % self.group:
+            raise ValueError(
+                f"--shape_group {self.shape_group} must be a multiple of --micro_batch {self.micro_batch} and"
+                f" divide the global batch of {self.global_batch}"
+            )
+
+    @property
+    def group(self) -> int:
+        """Samples in a row that have one shape."""
+        return self.shape_group or self.global_batch
 
     @property
     def global_batch(self) -> int:
@@ -70,8 +88,29 @@ def summarise(found: Sequence[Checked], layout: Layout, shape: cost.ModelShape) 
             "steps_per_epoch": -(-samples // batch),
             "mean_tokens_per_step": mean("tokens_per_step"),
             "mean_tflop_per_step": mean("tflop_per_step"),
+            "imbalance": expected_imbalance(found, layout, shape),
         },
     }
+
+
+def expected_imbalance(found: Sequence[Checked], layout: Layout, shape: cost.ModelShape) -> float:
+    """Return the work of the dearest rank over that of the mean rank, in the steps of an epoch, of which it
+    looks at the first STEPS_LOOKED_AT: what `data/imbalance` will show. 1 where every step has one shape."""
+    buckets = buckets_of(found)
+    if layout.group == layout.global_batch or len(buckets) < 2:
+        return 1.0
+    rows = [(0, bucket.frames, bucket.height, bucket.width) for bucket, _, _, _ in buckets]
+    costs: dict[tuple[int, ...], float] = {
+        row: float(cost.train_flops(shape, each[3])) for row, each in zip(rows, buckets, strict=True)
+    }
+    shapes = [row for row, each in zip(rows, buckets, strict=True) for _ in range(each[2])]
+    order = GlobalOrder(by_shape(shapes), seed=0, global_batch=layout.global_batch, group=layout.group)
+    ratios = []
+    for step in range(min(-(-len(shapes) // layout.global_batch), STEPS_LOOKED_AT)):
+        heads = order.step(step)[:: layout.micro_batch]
+        of_step = [costs[order.streams[place.stream].shape] for place in heads]
+        ratios.append(imbalance(of_step, deal(of_step, layout.accumulation, layout.dp_size)))
+    return sum(ratios) / len(ratios)
 
 
 def buckets_of(found: Sequence[Checked]) -> list[tuple[Bucket, int, int, int]]:
@@ -141,19 +180,24 @@ def table(found: Sequence[Checked], everything: bool) -> list[str]:
 def summary_lines(summary: dict[str, Any]) -> list[str]:
     """Return the lines after the table: buckets, the layout's step, and the verdict."""
     layout, samples = summary["layout"], summary["samples"]
+    size, whole = (
+        layout["shape_group"] or layout["global_batch"],
+        "group" if layout["shape_group"] else "batch",
+    )
     lines = ["", f"{'bucket':<16} {'clips':>7} {'samples':>8} {'tokens':>8} {'tokens/step':>12}"]
     for bucket in summary["buckets"]:
         lines.append(
             f"{bucket['size']:<16} {bucket['clips']:>7} {bucket['samples']:>8} {bucket['tokens']:>8,}"
             f" {bucket['tokens_per_step']:>12,}"
-            + ("  fewer samples than a batch" if bucket["samples"] < layout["global_batch"] else "")
+            + (f"  fewer samples than a {whole}" if bucket["samples"] < size else "")
         )
     lines += [
         "",
         f"{samples} samples; a step of {layout['global_batch']} (micro_batch {layout['micro_batch']} x"
         f" accumulation {layout['accumulation']} x dp {layout['dp_size']}) has"
         f" {layout['mean_tokens_per_step']:,.0f} tokens and {layout['mean_tflop_per_step']:,.3g} TFLOP on"
-        f" average with {summary['variant']}; an epoch has about {layout['steps_per_epoch']:,} steps",
+        f" average with {summary['variant']}; an epoch has about {layout['steps_per_epoch']:,} steps"
+        + (f"; the dearest rank has {layout['imbalance']:.2f} of the mean" if layout["shape_group"] else ""),
         f"{summary['rows']} rows: {summary['dropped']} would be dropped, {summary['noted']} have notes,"
         + (
             f" {summary['captions_cut']} captions would be cut"

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megawan.data.batch import Sample
+from megawan.data.streams import Stream, by_shape
 from megawan.files import sha256, write_json, write_tensors
 
 FORMAT = "megawan-latents"
@@ -60,6 +61,21 @@ class StoredSamples:
     def empty_text(self) -> Tensor:
         """Return the features of the empty prompt, float32 [S, text_dim]."""
         return self._tensor(EMPTY, "text")
+
+    @property
+    def streams(self) -> list[Stream]:
+        """Return the samples by latent shape, as the order takes them."""
+        return by_shape(self.shapes)
+
+    @property
+    def extras(self) -> set[str]:
+        """Return which of "clip" and "condition" every sample has."""
+        return {name for name in ("clip", "condition") if all(row.get(name) for row in self._rows)}
+
+    def where(self, sample_id: int) -> str:
+        """Return the file that holds a sample, and what it was made of."""
+        row = self._rows[sample_id]
+        return f"{self.path / row.get('shard', '')}, made of {row.get('source', row['key'])}"
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -1,26 +1,37 @@
-"""From the order to batches: reads samples, drops prompts, collates; in this process or in reading
-processes."""
+"""From the order to batches: reads samples, replaces bad ones, drops prompts, collates; in this process or in
+reading processes."""
 
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from megawan.data.batch import Batch, Sample, collate
-from megawan.data.sampler import GlobalOrder, Place, micro_batch_places
+from megawan.data.balance import deal, imbalance
+from megawan.data.batch import Batch, Replaced, Sample, collate
+from megawan.data.replacement import BadSamples, BadTally, read_or_replace
+from megawan.data.sampler import GlobalOrder, Place
+from megawan.data.streams import Shape, Stream
 from megawan.rng import generator_at
+
+MAX_BAD = 0.01
 
 
 class Samples(Protocol):
     """What a latent store offers to the loader."""
 
     @property
-    def shapes(self) -> Sequence[tuple[int, int, int, int]]:
-        """Latent shape (C, T, H, W) of every sample, by id."""
+    def streams(self) -> list[Stream]:
+        """The samples by latent shape, with their weights."""
+        ...
+
+    @property
+    def text_dim(self) -> int:
+        """Width of a row of text features."""
         ...
 
     @property
@@ -30,7 +41,11 @@ class Samples(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Sample: ...
+    def __getitem__(self, sample_id: int) -> Sample: ...
+
+    def where(self, sample_id: int) -> str:
+        """The file that holds a sample, in words."""
+        ...
 
 
 def make_loader(
@@ -45,19 +60,34 @@ def make_loader(
     prompt_dropout: float,
     start_step: int,
     workers: int,
+    shape_group: int = 0,
+    costs: Mapping[Shape, float] | None = None,
+    max_bad: float = MAX_BAD,
 ) -> Iterator[list[Batch]]:
     """Return an endless iterator over optimizer steps from `start_step` on, each a list of `accumulation`
     batches.
 
-    The global batch of a step depends on (seed, step, micro_batch x accumulation x dp_size) alone: any split
-    into ranks, micro-batches and `workers` trains on the same samples with the same dropped prompts.
+    The global batch of a step depends on (seed, step, micro_batch x accumulation x dp_size, shape_group)
+    alone: any split into ranks, micro-batches and `workers` trains on the same samples with the same dropped
+    prompts. `shape_group`: how many places in a row have one latent shape; 0 is the whole global batch. With
+    several shapes in a step, `costs` (by latent shape; default: their sizes) decide who takes which.
+
+    Raises ValueError for a split that is none. The iterator raises BadSamples when too much cannot be read.
     """
-    order = GlobalOrder(data.shapes, seed=seed, global_batch=micro_batch * accumulation * dp_size)
-    dataset = _MicroBatches(
-        data, order, seed, micro_batch, accumulation, dp_rank, dp_size, text_len, prompt_dropout
-    )
+    global_batch = micro_batch * accumulation * dp_size
+    group = shape_group or global_batch
+    if not 0 <= dp_rank < dp_size:
+        raise ValueError(f"dp_rank {dp_rank} is not below dp_size {dp_size}")
+    if group % micro_batch:
+        raise ValueError(
+            f"a micro-batch of {micro_batch} has one shape and does not divide groups of {group}"
+        )
+    order = GlobalOrder(data.streams, seed=seed, global_batch=global_batch, group=group)
+    if costs is None:
+        costs = {stream.shape: float(math.prod(stream.shape)) for stream in order.streams}
+    cut = _Cut(order, costs, micro_batch, accumulation, dp_rank, dp_size)
     loader = DataLoader(
-        dataset,
+        _MicroBatches(data, cut, seed, text_len, prompt_dropout),
         batch_size=None,
         sampler=_From(start_step * accumulation),
         num_workers=workers,
@@ -65,9 +95,28 @@ def make_loader(
         multiprocessing_context="spawn" if workers else None,
         pin_memory=torch.cuda.is_available(),
     )
+    return _steps(loader, accumulation, BadTally(len(data), max_bad, f"data-parallel rank {dp_rank}"))
+
+
+def _steps(
+    loader: "DataLoader[Batch | _Failed]", accumulation: int, tally: BadTally
+) -> Iterator[list[Batch]]:
     flat = iter(loader)
     while True:
-        yield list(itertools.islice(flat, accumulation))
+        batches = []
+        for batch in itertools.islice(flat, accumulation):
+            if isinstance(batch, _Failed):
+                raise BadSamples(batch.problem)
+            tally.add(batch)
+            batches.append(batch)
+        yield batches
+
+
+@dataclass(frozen=True)
+class _Failed:
+    """What a reading process gives instead of a batch: an exception of its would bring its traceback."""
+
+    problem: str
 
 
 class _From(Sampler[int]):
@@ -80,45 +129,80 @@ class _From(Sampler[int]):
         return itertools.count(self._start)
 
 
-class _MicroBatches(Dataset[Batch]):
-    """Micro-batch number i of this rank, by number: step i // accumulation, turn i % accumulation."""
+class _Cut:
+    """This data-parallel rank's part of every step."""
 
     def __init__(
         self,
-        data: Samples,
         order: GlobalOrder,
-        seed: int,
+        costs: Mapping[Shape, float],
         micro_batch: int,
         accumulation: int,
         dp_rank: int,
         dp_size: int,
-        text_len: int,
-        prompt_dropout: float,
     ) -> None:
-        self._data = data
+        self.streams = order.streams
         self._order = order
+        self._costs = [costs[stream.shape] for stream in order.streams]
+        self._micro_batch = micro_batch
+        self._accumulation = accumulation
+        self._dp_rank = dp_rank
+        self._dp_size = dp_size
+        self._last: tuple[int, list[list[Place]], float] | None = None  # turns of one step come together
+
+    def places(self, number: int) -> tuple[list[Place], float]:
+        """Return the places of micro-batch `number` of the run (step x accumulation + turn), and the
+        imbalance of its step."""
+        step, turn = divmod(number, self._accumulation)
+        if self._last is None or self._last[0] != step:
+            places, size = self._order.step(step), self._micro_batch
+            micro_batches = [places[start : start + size] for start in range(0, len(places), size)]
+            costs = [self._costs[micro_batch[0].stream] for micro_batch in micro_batches]
+            dealt = deal(costs, self._accumulation, self._dp_size)
+            mine = [micro_batches[ranks[self._dp_rank]] for ranks in dealt]
+            self._last = step, mine, imbalance(costs, dealt)
+        return self._last[1][turn], self._last[2]
+
+
+class _MicroBatches(Dataset["Batch | _Failed"]):
+    """This rank's micro-batches by number."""
+
+    def __init__(self, data: Samples, cut: _Cut, seed: int, text_len: int, prompt_dropout: float) -> None:
+        self._data = data
+        self._cut = cut
         self._seed = seed
-        self._split = {
-            "micro_batch": micro_batch,
-            "accumulation": accumulation,
-            "dp_rank": dp_rank,
-            "dp_size": dp_size,
-        }
         self._text_len = text_len
         self._prompt_dropout = prompt_dropout
 
-    def __getitem__(self, index: int) -> Batch:
-        step, turn = divmod(index, self._split["accumulation"])
-        places = micro_batch_places(self._order.step(step), **self._split)[turn]
-        samples = [self._sample(place) for place in places]
-        return collate(
-            samples, [place[0] for place in places], [place[1] for place in places], self._text_len
-        )
+    def __getitem__(self, number: int) -> "Batch | _Failed":
+        places, unevenness = self._cut.places(number)
+        try:
+            read = [self._read(place) for place in places]
+            batch = collate(
+                [sample for _, sample, _ in read],
+                [sample_id for sample_id, _, _ in read],
+                [place.epoch for place in places],
+                self._text_len,
+            )
+        except (ValueError, OSError) as error:
+            return _Failed(str(error))
+        bad = tuple(each for _, _, some in read for each in some)
+        return replace(batch, replaced=bad, imbalance=unevenness)
 
-    def _sample(self, place: Place) -> Sample:
-        sample = self._data[place[0]]
+    def _read(self, place: Place) -> tuple[int, Sample, tuple[Replaced, ...]]:
+        stream = self._cut.streams[place.stream]
+        sample_id, sample, bad = read_or_replace(
+            self._data.__getitem__,
+            self._data.where,
+            samples=stream.samples,
+            shape=stream.shape,
+            text_dim=self._data.text_dim,
+            sample_id=place.sample_id,
+            epoch=place.epoch,
+            seed=self._seed,
+        )
         if self._prompt_dropout > 0:
-            draw = torch.rand(1, generator=generator_at(self._seed, "prompt_dropout", *place))
+            draw = torch.rand(1, generator=generator_at(self._seed, "prompt_dropout", sample_id, place.epoch))
             if float(draw) < self._prompt_dropout:
-                return replace(sample, text=self._data.empty_text, prompt="")
-        return sample
+                sample = replace(sample, text=self._data.empty_text, prompt="")
+        return sample_id, sample, bad

@@ -4,6 +4,7 @@ file."""
 import torch
 
 from megawan.data.batch import Sample
+from megawan.data.streams import Stream, by_shape
 from megawan.rng import generator_at
 
 
@@ -38,6 +39,20 @@ class SyntheticLatents:
             self._extras["clip"] = clip
         self._text_len = text_len
         self._seed = seed
+
+    @property
+    def streams(self) -> list[Stream]:
+        """Return the samples by latent shape, as the order takes them."""
+        return by_shape(self.shapes)
+
+    @property
+    def extras(self) -> set[str]:
+        """Return which of "clip" and "condition" every sample has."""
+        return set(self._extras)
+
+    def where(self, sample_id: int) -> str:
+        """Return what a sample is, for a message."""
+        return f"synthetic sample {sample_id}"
 
     def __len__(self) -> int:
         return len(self.shapes)

@@ -32,6 +32,7 @@ from megawan.data.filling import (
 from megawan.data.latents import LatentStore
 from megawan.data.manifest import Manifest
 from megawan.data.sampler import GlobalOrder
+from megawan.data.streams import by_shape
 from megawan.data.survey import Memory, survey
 from megawan.encoders.dct import DctCodec
 from megawan.files import write_json, write_tensors
@@ -82,7 +83,7 @@ class Job:
         self.found = survey(manifest_of(media), SIZE, self.memory)
         self.rows = planned_rows(self.found, settings)
         shapes = [tuple(row["shape"]) for row in self.rows]
-        self.order = GlobalOrder(shapes, seed=seed, global_batch=GLOBAL_BATCH)
+        self.order = GlobalOrder(by_shape(shapes), seed=seed, global_batch=GLOBAL_BATCH)
         write_tensors(self.folder.empty, {"text": self.encoding.text.encode([""], 32)[0]}, {})
         write_json(self.folder.plan, {"settings": settings, "samples": self.rows})
         self.status.planned = True
@@ -197,7 +198,7 @@ def test_readers_get_the_samples_of_the_finished_store_while_it_fills(
     for step in range(2 * len(finished) // GLOBAL_BATCH):
         position[0] = step
         filled.reach(step, lines.append)
-        for sample_id, _ in job.order.step(step):
+        for sample_id, *_ in job.order.step(step):
             sample, wanted = filled[sample_id], finished[sample_id]
             assert torch.equal(sample.latents, wanted.latents) and torch.equal(sample.text, wanted.text)
             assert sample.prompt == wanted.prompt

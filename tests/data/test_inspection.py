@@ -192,6 +192,13 @@ def test_a_step_is_counted_for_the_layout(tmp_path: Path) -> None:
     assert set(bars.tolist()) == {round(560 / 3) + 1, 561}
     with pytest.raises(ValueError, match="--dp_size 0 must be 1 or more"):
         Layout(1, 1, 0, 1)
+    # Groups of 1: an epoch of 4 places on 2 ranks holds the image once, beside a clip.
+    grouped = summarise(found, Layout(1, 1, 2, 1, 1), SHAPE)["layout"]
+    clip, image = train_flops(SHAPE, 36), train_flops(SHAPE, 12)
+    assert grouped["imbalance"] == pytest.approx((1 + 2 * clip / (clip + image)) / 2)
+    assert summary["layout"]["imbalance"] == 1
+    with pytest.raises(ValueError, match="--shape_group 3 must be a multiple of --micro_batch 2 and divide"):
+        Layout(2, 1, 3, 1, 3)
 
 
 # The command.
