@@ -24,6 +24,7 @@ _REASONS = (
     "warned by SIGTERM",
 )
 _FIRST_THAT_QUITS = 3
+_RANKS = 1 << 20  # more than any world
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,10 @@ class Request:
     """Why to save, in words for the log; empty when nobody asks."""
     quit: bool
     """Whether the run ends after the save."""
+    late_s: float
+    """How long the first rank waited for the last one at the start of the step before, in seconds."""
+    last_rank: int
+    """The one that all waited for."""
 
 
 class StepAgreement:
@@ -60,6 +65,7 @@ class StepAgreement:
         # On the host: asking must not wait for the kernels that a step left running on the GPU.
         self._group = dist.host_group(timeout_s)
         self._last_save = time.monotonic()
+        self._waited = 0.0
 
     def ask(self, samples: str) -> Request:
         """Return what any rank wants; collective. `samples`: what `describe_samples` says of this rank's
@@ -70,10 +76,15 @@ class StepAgreement:
         """
         mine = _digest(samples)
         # The largest digest and the largest negative one of a place tell whether all its ranks have the same.
-        vote = torch.full((2 * self._places + 1,), torch.iinfo(torch.int64).min)
+        vote = torch.full((2 * self._places + 3,), torch.iinfo(torch.int64).min)
         vote[2 * self._place], vote[2 * self._place + 1], vote[-1] = mine, -mine, self._wish()
+        # The rank that waited least is the one that the others waited for.
+        waited, rank = int(self._waited * 1e6), torch_dist.get_rank()
+        vote[-3], vote[-2] = waited, -(waited * _RANKS + rank)
+        began = time.monotonic()
         torch_dist.all_reduce(vote, op=torch_dist.ReduceOp.MAX, group=self._group)
-        pairs = vote[:-1].view(-1, 2).tolist()
+        self._waited = time.monotonic() - began
+        pairs = vote[:-3].view(-1, 2).tolist()
         broken = [place for place, (high, low) in enumerate(pairs) if high != -low]
         if broken:
             raise RunFailed(
@@ -81,7 +92,9 @@ class StepAgreement:
                 f" {samples}: is --data.path the same on all nodes?"
             )
         level = int(vote[-1])
-        return Request(_REASONS[level], level >= _FIRST_THAT_QUITS)
+        least, last_rank = divmod(-int(vote[-2]), _RANKS)
+        late_s = (int(vote[-3]) - least) / 1e6
+        return Request(_REASONS[level], level >= _FIRST_THAT_QUITS, late_s, last_rank)
 
     def saved(self) -> None:
         """Count --checkpoint.save_minutes from now."""

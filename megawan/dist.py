@@ -96,9 +96,9 @@ def end_with_launcher() -> None:
 class Fault:
     """A fault that a test asks for: MEGAWAN_FAULT=step:rank:kind[@moment], several with commas between.
 
-    Kinds: a signal's name (SIGKILL, SIGSTOP, ...), raise, hang, exit; at the moment "step" (the default) also
-    nan, spike and samples, which the loop itself brings about. Moments: step, write (of this rank's
-    checkpoint file), commit (rank 0, before the step folder gets its name). Restarted runs have none.
+    Kinds: a signal's name (SIGKILL, SIGSTOP, ...), raise, slow, hang, exit; at the moment "step" (the
+    default) also nan, spike and samples, which the loop itself brings about. Moments: step, write (of this
+    rank's checkpoint file), commit (rank 0, before the step folder gets its name). Restarted runs have none.
     """
 
     step: int
@@ -132,6 +132,8 @@ def strike(step: int, moment: str, asked: Sequence[Fault]) -> str:
             os.kill(os.getpid(), signal.Signals[fault.kind])
         elif fault.kind == "raise":
             raise RuntimeError(f"the fault that MEGAWAN_FAULT asks for at step {step}")
+        elif fault.kind == "slow":
+            time.sleep(2)
         elif fault.kind == "hang":
             time.sleep(1e6)
         elif fault.kind == "exit":

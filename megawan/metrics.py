@@ -19,6 +19,8 @@ from megawan import dist
 from megawan.data.batch import Batch
 
 SIGMA_BINS = 10
+STRAGGLING = 0.2
+"""Share of the time that steps may wait for their last rank before it is named."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,29 @@ class Clock:
         elapsed, waited = now - self._last, self._waited
         self._last, self._waited = now, 0.0
         return elapsed, waited
+
+
+class Stragglers:
+    """How long ranks waited for the last one at the start of steps since the last reading, and who it was."""
+
+    def __init__(self) -> None:
+        self._late: dict[int, float] = {}
+
+    def add(self, rank: int, seconds: float) -> None:
+        """Count a step whose start waited so long for this rank."""
+        self._late[rank] = self._late.get(rank, 0.0) + seconds
+
+    def read(self, elapsed: float) -> tuple[dict[str, float], str]:
+        """Return the share of `elapsed` that was waited and, where it is much, a warning; start anew."""
+        total, warning = sum(self._late.values()), ""
+        if total > STRAGGLING * elapsed:
+            rank, seconds = max(self._late.items(), key=lambda item: item[1])
+            warning = (
+                f"warning: steps waited {total / elapsed:.0%} of the time for the last rank to begin them,"
+                f" mostly for rank {rank} ({seconds:.2f} s): its data, its machine or its network is slow"
+            )
+        self._late.clear()
+        return {"perf/straggler_wait": total / elapsed}, warning
 
 
 class RunLog:

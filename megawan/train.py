@@ -28,7 +28,16 @@ from megawan.data.replacement import BadSamples
 from megawan.faults import broken
 from megawan.files import write_json
 from megawan.health import examine
-from megawan.metrics import Clock, DataMeter, LossMeter, RunLog, describe_environment, peak_memory, software
+from megawan.metrics import (
+    Clock,
+    DataMeter,
+    LossMeter,
+    RunLog,
+    Stragglers,
+    describe_environment,
+    peak_memory,
+    software,
+)
 from megawan.plan import Plan, make_plan, open_start, require_inputs, run_folder
 from megawan.run_folder import USED, RunFolder
 from megawan.saving import Saver
@@ -129,7 +138,7 @@ def loop(trainer: "Trainer", start: int, folder: Path, warning: dist.PreemptionW
 
     plan, device = trainer.plan, trainer.device
     options, meter, clock = plan.config, LossMeter(device), Clock()
-    data_meter = DataMeter(plan.topology.dp_size)
+    data_meter, stragglers = DataMeter(plan.topology.dp_size), Stragglers()
     log = RunLog(folder, options.metrics, start, plan.steps)
     log.text("config", "\n".join(f"    {line}" for line in plan.describe()), start)
     saver = Saver(folder / "checkpoints", options.checkpoint, options.dist_timeout)
@@ -152,6 +161,7 @@ def loop(trainer: "Trainer", start: int, folder: Path, warning: dist.PreemptionW
         samples = describe_samples(micro_batches)
         watch.at(step, "agreement", samples)
         request = agreement.ask(samples)
+        stragglers.add(request.last_rank, request.late_s)
         watch.at(step, "forward and backward", samples)
         taken = trainer.step([batch.to(device) for batch in micro_batches], meter)
         data_meter.add(micro_batches, taken.tokens)
@@ -165,6 +175,7 @@ def loop(trainer: "Trainer", start: int, folder: Path, warning: dist.PreemptionW
             loss, by_sigma = meter.read()
             seconds, waited = clock.read()
             tokens, of_data = data_meter.read()
+            late, warned = stragglers.read(seconds)
             scalars = {
                 "train/loss": loss,
                 "train/lr": trainer.engine.get_lr()[0],
@@ -175,9 +186,12 @@ def loop(trainer: "Trainer", start: int, folder: Path, warning: dist.PreemptionW
                 "perf/data_wait": waited / seconds,
                 **{f"train/loss_by_sigma/q{index}": value for index, value in by_sigma.items()},
                 **of_data,
+                **late,
                 **peak_memory(device),
             }
             log.step(step, scalars, seconds / (step - logged))
+            if warned and step > start + 1:  # the first step waits for what each rank builds
+                dist.say(warned)
             logged = step
         due = options.checkpoint.save_every and step % options.checkpoint.save_every == 0
         if last or due or request.reason:

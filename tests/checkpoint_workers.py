@@ -37,7 +37,7 @@ def pieces(rank: int, world: int, salt: int = 0) -> Iterator[Fragment]:
                 yield Fragment(kind, name, shape, start, whole(kind, name, salt)[start:stop])
 
 
-def save(root: Path, step: int, keep_last: int = 0, salt: int = 0) -> str:
+def save(root: Path, step: int, keep_last: int = 0, salt: int = 0, keep_every: int = 0) -> str:
     """Save all ranks' pieces; return the folder, or what the OSError says."""
     place = dist.environment()
     try:
@@ -47,7 +47,7 @@ def save(root: Path, step: int, keep_last: int = 0, salt: int = 0) -> str:
                 step,
                 pieces(place.rank, place.world_size, salt),
                 {"variant": "debug"},
-                CheckpointOptions(keep_last=keep_last),
+                CheckpointOptions(keep_last=keep_last, keep_every=keep_every),
             )
         )
     except OSError as error:
@@ -116,6 +116,11 @@ def cases(folder: str) -> dict[str, object]:
     seen["kept leaves"] = names(root)
     save(root, 4, keep_last=2, salt=9)
     seen["again leaves"] = names(root)
+
+    root = base / "milestones"
+    for step in (2, 3, 4, 5, 6, 7):
+        save(root, step, keep_last=1, keep_every=3)
+    seen["milestones leave"] = names(root)
 
     root = base / "branch"  # two later checkpoints of a run that was taken up again at an older one
     for step in (1, 5, 6):

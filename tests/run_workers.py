@@ -5,14 +5,13 @@ import os
 import signal
 import threading
 import time
-from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megawan import dist
-from megawan.agreement import StepAgreement
+from megawan.agreement import Request, StepAgreement
 from megawan.checkpoint import CheckpointOptions, StepWeights
 from megawan.cli import RunFailed
 from megawan.run_folder import LOCK, RunFolder
@@ -37,26 +36,36 @@ def agreement(folder: Path) -> dict[str, Any]:
     rank, seen = torch.distributed.get_rank(), dict[str, Any]()
     warning = dist.PreemptionWarning()
     asked = StepAgreement(folder, 0.0, warning, group=0, groups=1, timeout_s=60)
-    seen["nobody"] = astuple(asked.ask("samples [3]"))
+    seen["nobody"] = wish(asked.ask("samples [3]"))
     if rank == 1:
         os.kill(os.getpid(), signal.SIGUSR1)
-    seen["warned"] = [astuple(asked.ask("samples [3]")), astuple(asked.ask("samples [4]"))]
+    seen["warned"] = [wish(asked.ask("samples [3]")), wish(asked.ask("samples [4]"))]
     warning.came = ""
     for name in ("save", "save_quit"):
         if rank == 0:
             (folder / name).touch()
-        seen[name] = [astuple(asked.ask("")), astuple(asked.ask(""))]
+        seen[name] = [wish(asked.ask("")), wish(asked.ask(""))]
     try:
-        seen["different samples"] = astuple(asked.ask(f"samples [{rank}]"))
+        seen["different samples"] = wish(asked.ask(f"samples [{rank}]"))
     except RunFailed as error:
         seen["different samples"] = str(error)
-    places = StepAgreement(folder, 0.001, warning, group=rank, groups=2, timeout_s=60)
-    seen["two places"] = astuple(places.ask(f"samples [{rank}]"))
-    time.sleep(0.1)
-    seen["minutes"] = astuple(places.ask(f"samples [{rank}]"))
+    places = StepAgreement(folder, 0.05, warning, group=rank, groups=2, timeout_s=60)
+    seen["two places"] = wish(places.ask(f"samples [{rank}]"))
+    time.sleep(3.1)
+    seen["minutes"] = wish(places.ask(f"samples [{rank}]"))
     places.saved()
-    seen["saved"] = astuple(places.ask(f"samples [{rank}]"))
+    for _ in range(2):  # the second tells of the first
+        if rank == 1:
+            time.sleep(0.3)
+        late = places.ask(f"samples [{rank}]")
+    seen["late"] = [late.last_rank, 0.2 < late.late_s < 5]
+    seen["saved"] = wish(places.ask(f"samples [{rank}]"))
     return seen
+
+
+def wish(request: Request) -> tuple[str, bool]:
+    """Return what is asked, without who was late."""
+    return request.reason, request.quit
 
 
 def claim(path: Path, needed: int = 0, job: str = "") -> str:

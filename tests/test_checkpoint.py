@@ -89,6 +89,10 @@ def test_the_same_step_saved_twice_is_the_second(seen: list[dict[str, Any]], bas
     checkpoint.verify(folder)
 
 
+def test_keep_every_keeps_what_it_divides(seen: list[dict[str, Any]]) -> None:
+    assert seen[0]["milestones leave"] == ["latest", "step_0000003", "step_0000006", "step_0000007"]
+
+
 def test_keep_last_counts_only_steps_up_to_the_saved_one(seen: list[dict[str, Any]], base: Path) -> None:
     assert seen[0]["branch leaves"] == ["latest", "step_0000002", "step_0000005", "step_0000006"]
     assert (base / "branch" / "latest").read_text() == "step_0000002\n"

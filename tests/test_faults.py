@@ -15,6 +15,12 @@ from tests.ranks import Ended, train
 
 SHORT = ("--steps", "6", "--checkpoint.save_every", "2", "--checkpoint.keep_last", "0", "--ema.decay", "0.9")
 
+SECRETS = {
+    "HF_TOKEN": "hf_planted5a17c0ffee",
+    "WANDB_API_KEY": "planted5a17wandb",
+    "AWS_SECRET_ACCESS_KEY": "planted5a17aws",
+}
+
 
 def digests(run: Path, step: int) -> dict[str, str]:
     """Return the sha256 of every rank's states: equal for runs that are the same bit by bit."""
@@ -32,10 +38,18 @@ def one_line(ended: Ended, rank: int) -> str:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
-    ended = train(folder, "--output", "run", *SHORT)
+    ended = train(folder, "--output", "run", *SHORT, variables=SECRETS)
     assert ended.codes == [0, 0], ended.err
     assert not (folder / "run/lock.json").exists()
     return folder / "run"
+
+
+def test_nothing_that_a_run_writes_or_says_holds_the_shells_secrets(undisturbed: Path) -> None:
+    files = [path for path in undisturbed.parent.rglob("*") if path.is_file()]
+    assert {"config.json", "env.json", "manifest.json", ".out0", ".err1"} <= {path.name for path in files}
+    for path in files:
+        content = path.read_bytes()
+        assert not [name for name, secret in SECRETS.items() if secret.encode() in content], path
 
 
 def test_the_first_error_is_shown_with_its_place_and_ends_all(tmp_path: Path) -> None:
@@ -102,6 +116,13 @@ def test_too_many_in_a_row_end_the_run_and_a_step_can_be_taken_again(tmp_path: P
     assert "from run/checkpoints/step_0000002: 2 steps to take" in again.out[0]
     assert "mse nan, then nan; its features are finite" in again.out[0]
     assert "step 4 does not update the weights" in again.out[0]
+
+
+def test_a_rank_that_keeps_all_others_waiting_is_named(tmp_path: Path) -> None:
+    faults = ",".join(f"{step}:1:slow" for step in range(2, 7))
+    ended = train(tmp_path, "--output", "run", *SHORT, fault=faults)
+    assert ended.codes == [0, 0], ended.err
+    assert "mostly for rank 1 (" in ended.out[0] and "the last rank to begin them" in ended.out[0]
 
 
 def test_ranks_of_one_video_that_read_different_samples_stop(tmp_path: Path) -> None:

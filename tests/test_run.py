@@ -33,6 +33,10 @@ def test_a_wish_of_any_rank_is_everybodys(seen: list[dict[str, Any]]) -> None:
     assert both(seen, "agreement", "saved") == ["", False]
 
 
+def test_the_rank_that_all_wait_for_is_known(seen: list[dict[str, Any]]) -> None:
+    assert both(seen, "agreement", "late") == [1, True]
+
+
 def test_ranks_of_one_video_with_other_samples_stop_before_they_hang(seen: list[dict[str, Any]]) -> None:
     for rank, one in enumerate(seen):
         said = one["agreement"]["different samples"]
