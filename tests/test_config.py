@@ -20,6 +20,20 @@ def test_round_trip_through_json() -> None:
     assert restored == original
 
 
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [("a", ("a",)), (["a", "b"], ("a", "b")), (None, ()), ([], ())],
+)
+def test_one_store_or_none_may_be_written_without_a_list(
+    written: object, read: tuple[str, ...], tmp_path: Path
+) -> None:
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps({"data": {"path": written, "weights": [1, 2.5]}}))
+    merged = parse("--config", str(file)).data
+    assert merged.path == tuple(map(Path, read)) and merged.weights == (1.0, 2.5)
+    assert parse("--config", str(file), "--data.path", "x", "y").data.path == (Path("x"), Path("y"))
+
+
 def test_command_line_wins_over_file_and_file_over_defaults(tmp_path: Path) -> None:
     file = tmp_path / "run.json"
     file.write_text(json.dumps({"steps": 5, "seed": 3, "optim": {"learning_rate": 2e-4, "beta2": 0.95}}))

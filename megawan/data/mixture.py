@@ -160,7 +160,8 @@ class Mixture:
                 else f"{store.path}: left out by its weight of 0"
             )
         images = f"; images are {self._image_share:.1%} where there are videos" if self._image_share else ""
-        return f"{len(self)} samples of {sum(map(bool, self._streams))} stores: {'; '.join(parts)}{images}"
+        many = f"{len(self._stores)} stores" if len(self._stores) > 1 else "1 store"
+        return f"{len(self)} samples of {many}: {'; '.join(parts)}{images}"
 
 
 def _count(streams: Sequence[Stream]) -> int:

@@ -1,5 +1,6 @@
 """Several stores in one order: exact shares, epochs of their own, ids that stay, and every refusal."""
 
+import itertools
 import math
 from collections import Counter
 from fractions import Fraction
@@ -289,3 +290,26 @@ def test_any_split_and_any_reading_processes_train_on_the_same_mixed_steps(tmp_p
         assert drawn(data, *split) == wanted, split
     assert drawn(data, 1, 2, 4, workers=2, steps=2) == wanted[:2]
     assert drawn(data, 1, 1, 8, workers=1, steps=2) == wanted[:2]
+
+
+def test_ranks_take_turns_of_nearly_equal_cost_and_say_how_uneven_they_are(tmp_path: Path) -> None:
+    data = Mixture([make_store(tmp_path / "s", [VIDEO] * 6 + [WIDE] * 6 + [IMAGE] * 6)], (1,))
+    costs = {VIDEO: 9.0, WIDE: 10.0, IMAGE: 1.0}
+    ranks = [
+        make_loader(
+            data, seed=5, micro_batch=1, accumulation=3, dp_rank=rank, dp_size=2, text_len=6,
+            prompt_dropout=0.0, start_step=0, workers=0, shape_group=1, costs=costs,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    uneven = set()
+    for _ in range(6):
+        steps = [next(rank) for rank in ranks]
+        turns = [
+            [costs[tuple(steps[rank][turn].latents.shape[1:])] for rank in range(2)] for turn in range(3)
+        ]
+        assert [max(turn) for turn in turns] == sorted(itertools.chain(*turns), reverse=True)[::2]
+        said = {batch.imbalance for step in steps for batch in step}
+        assert said == {sum(map(max, turns)) / (sum(map(sum, turns)) / 2)}
+        uneven |= said
+    assert len(uneven) > 1
