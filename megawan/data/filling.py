@@ -265,6 +265,8 @@ class Trainer(Protocol):
 class FillingStore(StoredSamples):
     """A store that is being filled: reads like a finished one, and waits for samples that are not there."""
 
+    being_filled = True
+
     def __init__(self, folder: Folder, watch: Watch) -> None:
         """Raises FillingError when the plan cannot be read."""
         try:

@@ -37,6 +37,9 @@ REQUIRED = ("format", "version", "settings", "samples", "shards")
 class StoredSamples:
     """Samples in the shards of a store, read lazily: their tensors are mapped when they are asked for."""
 
+    being_filled = False
+    """Whether samples may not be there yet."""
+
     def __init__(self, path: Path, settings: Mapping[str, Any], rows: list[dict[str, Any]]) -> None:
         self.path = path
         self.settings = dict(settings)

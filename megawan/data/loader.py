@@ -30,6 +30,11 @@ class Samples(Protocol):
         ...
 
     @property
+    def being_filled(self) -> bool:
+        """Whether reading may wait for a sample that is not there yet."""
+        ...
+
+    @property
     def text_dim(self) -> int:
         """Width of a row of text features."""
         ...
@@ -185,6 +190,8 @@ class _MicroBatches(Dataset["Batch | _Failed"]):
                 self._text_len,
             )
         except (ValueError, OSError) as error:
+            if self._data.being_filled and not isinstance(error, BadSamples):
+                raise  # what the filling process has to say
             return _Failed(str(error))
         bad = tuple(each for _, _, some in read for each in some)
         return replace(batch, replaced=bad, imbalance=unevenness)
@@ -194,7 +201,8 @@ class _MicroBatches(Dataset["Batch | _Failed"]):
         sample_id, sample, bad = read_or_replace(
             self._data.__getitem__,
             self._data.where,
-            samples=stream.samples,
+            # A stand-in that is not encoded yet would wait for an encoder that waits for the training.
+            samples=() if self._data.being_filled else stream.samples,
             shape=stream.shape,
             text_dim=self._data.text_dim,
             sample_id=place.sample_id,

@@ -27,6 +27,8 @@ ALIKE = (
 class Mixture:
     """Stores with weights, reading like one store; sample i of store d has the id d·DATASET_STRIDE + i."""
 
+    being_filled = False
+
     def __init__(
         self,
         stores: Sequence[LatentStore],

@@ -58,6 +58,7 @@ def read_or_replace(
     """Return (id, sample, what was found bad on the way) of a place: the sample itself, or the first
     substitute that can be trained on, a function of (seed, sample_id, epoch, attempt).
 
+    `samples`: those that may stand in for it, itself included; without any, what `read` raises goes through.
     Raises BadSamples when there is none within ATTEMPTS.
     """
     bad: list[Replaced] = []
@@ -69,15 +70,15 @@ def read_or_replace(
             sample = read(candidate)
             problem = problem_of(sample, shape, text_dim)
         except (ValueError, OSError) as error:
+            if not samples:
+                raise
             problem = str(error)
         if not problem:
             return candidate, sample, tuple(bad)
         bad.append(Replaced(candidate, where(candidate), problem))
         candidate = substitute(samples, sample_id, epoch, attempt, seed)
-    tried = (
-        f"{len(bad)} samples in a row" if len(bad) > 1 else f"the only sample of latent shape {list(shape)}"
-    )
-    raise BadSamples(f"{tried} cannot be trained on; the last: {bad[-1]}; {REMEDY}")
+    what = f"{len(bad)} samples in a row" if candidate is not None else "a sample without a substitute"
+    raise BadSamples(f"{what} cannot be trained on; the last: {bad[-1]}; {REMEDY}")
 
 
 class BadTally:

@@ -15,6 +15,8 @@ class SyntheticLatents:
     shape (257 or 514, 1280): what image-to-video models read besides.
     """
 
+    being_filled = False
+
     def __init__(
         self,
         *,

@@ -1,7 +1,9 @@
 """A bad sample is replaced alike on all ranks that read it, said once, counted, and too many end the run."""
 
+import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,11 +53,8 @@ def good() -> Sample:
     ],
 )
 def test_what_is_wrong_with_a_sample_is_said(name: str, value: torch.Tensor, words: str) -> None:
-    from dataclasses import replace
-    from re import match
-
     assert problem_of(good(), VIDEO, 8) == ""
-    assert match(words, problem_of(replace(good(), **{name: value}), VIDEO, 8))
+    assert re.match(words, problem_of(replace(good(), **{name: value}), VIDEO, 8))
 
 
 def test_a_substitute_is_a_function_of_place_and_attempt_and_never_the_sample_itself() -> None:
@@ -126,7 +125,7 @@ def test_too_many_bad_samples_end_the_run(tmp_path: Path, max_bad: float, allowe
 def test_bad_samples_in_a_row_and_one_without_substitute_end_the_run(tmp_path: Path) -> None:
     with pytest.raises(BadSamples, match=f"^{ATTEMPTS} samples in a row cannot be trained on; the last: "):
         next(loaded(make_store(tmp_path / "all", [VIDEO] * 5, bad=range(5)), max_bad=1.0))
-    with pytest.raises(BadSamples, match=r"^the only sample of latent shape \[4, 1, 2, 2\] cannot"):
+    with pytest.raises(BadSamples, match="^a sample without a substitute cannot be trained on"):
         steps = loaded(make_store(tmp_path / "one", [VIDEO] * 3 + [IMAGE], bad=[3]), max_bad=1.0)
         for _ in range(8):
             next(steps)
@@ -147,6 +146,20 @@ def test_attempts_go_on_until_a_good_one() -> None:
     assert [each.sample_id for each in bad] == asked[:3] and taken == asked[3] and asked[0] == 7
     assert str(bad[0]) == "sample 7 (7): stale file handle"
     assert asked[1:] == [substitute(range(50), 7, 1, attempt, 0) for attempt in (1, 2, 3)]
+
+
+def test_nothing_stands_in_while_a_store_is_being_filled() -> None:
+    def gone(sample_id: int) -> Sample:
+        raise ValueError("the encoding worker was not heard")
+
+    def infinite(sample_id: int) -> Sample:
+        return replace(good(), latents=torch.full(VIDEO, torch.inf))
+
+    place = {"samples": (), "shape": VIDEO, "text_dim": 8, "sample_id": 7, "epoch": 0, "seed": 0}
+    with pytest.raises(ValueError, match="^the encoding worker was not heard$"):
+        read_or_replace(gone, str, **place)
+    with pytest.raises(BadSamples, match="without a substitute cannot be trained on; the last: sample 7"):
+        read_or_replace(infinite, str, **place)
 
 
 def test_a_caption_that_does_not_fit_the_model_is_no_bad_sample_but_one_line(tmp_path: Path) -> None:
