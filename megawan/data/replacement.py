@@ -87,7 +87,7 @@ class BadTally:
     def __init__(self, samples: int, max_bad: float, reader: str) -> None:
         """`max_bad`: the share of `samples` that may be bad; one always may, unless it is 0."""
         self._allowed = max(1, math.floor(max_bad * samples)) if max_bad else 0
-        self._rule = f"--data.max_bad {max_bad} of {samples} samples allows {self._allowed}"
+        self._rule = f"--data.max_bad {max_bad} of {samples} allows {self._allowed}"
         self._reader = reader
         self._known: set[int] = set()
 
@@ -100,7 +100,7 @@ class BadTally:
             self._known.add(bad.sample_id)
             if len(self._known) > self._allowed:
                 raise BadSamples(
-                    f"{len(self._known)} samples cannot be trained on and {self._rule}; the last: {bad};"
-                    f" {REMEDY}"
+                    f"{len(self._known)} samples that cannot be trained on, where {self._rule}; the last:"
+                    f" {bad}; {REMEDY}"
                 )
             print(f"{self._reader}: replaced {bad}", file=sys.stderr, flush=True)

@@ -116,8 +116,8 @@ def test_too_many_bad_samples_end_the_run(tmp_path: Path, max_bad: float, allowe
         for _ in range(14):
             next(steps)
     assert str(caught.value).startswith(
-        f"{allowed + 1} samples cannot be trained on and --data.max_bad {max_bad} of 7 samples allows"
-        f" {allowed};"
+        f"{allowed + 1} samples that cannot be trained on, where --data.max_bad {max_bad} of 7 allows"
+        f" {allowed}; the last: sample "
     )
     assert "\n" not in str(caught.value) and "tools/encode_dataset.py" in str(caught.value)
 
