@@ -417,6 +417,8 @@ def open_data(config: TrainConfig, variant: Variant, rank: int) -> StoredSamples
         raise ValueError("--encode.* says how --data.source is encoded; give it, or leave --encode.* out")
     if asked.source is not None and len(asked.path) != 1:
         raise ValueError(f"--data.source {asked.source} needs --data.path, the one store to fill")
+    if asked.source is not None and (asked.weights or asked.image_share is not None):
+        raise ValueError("--data.weights and --data.image_share take finished stores, not --data.source")
     if not asked.path:
         if asked.weights or asked.image_share is not None:
             given = "weights" if asked.weights else "image_share"
@@ -440,8 +442,6 @@ def open_data(config: TrainConfig, variant: Variant, rank: int) -> StoredSamples
     stores = [open_store(path, config, variant, rank) for path in asked.path]
     if len(stores) == 1 and not asked.weights and asked.image_share is None:
         return stores[0]
-    if asked.source is not None:
-        raise ValueError("--data.weights and --data.image_share take finished stores, not --data.source")
     return Mixture(
         [store for store in stores if isinstance(store, LatentStore)], asked.weights, asked.image_share
     )

@@ -69,20 +69,27 @@ def replay(trainer: Trainer, start: Path | None, dump: Dump) -> list[str]:
 def report(trainer: Trainer, taken: Taken, dump: Dump) -> list[str]:
     """Return a line for every video of the step, what it has in common with the dump, and what is not
     finite."""
-    plan, rows = trainer.plan, gather_drawn(taken, trainer.dp_rank, trainer.plan)
-    if [(row["id"], row["epoch"]) for row in rows] != [(row["id"], row["epoch"]) for row in dump.samples]:
+    plan = trainer.plan
+    # Another layout deals the samples of a step to other ranks.
+    rows = sorted(gather_drawn(taken, trainer.dp_rank, plan), key=_sample)
+    before = sorted(dump.samples, key=_sample)
+    if list(map(_sample, rows)) != list(map(_sample, before)):
         raise ValueError(
-            f"step {dump.step} trained on samples {[row['id'] for row in dump.samples]}, now on"
+            f"step {dump.step} trained on samples {[row['id'] for row in before]}, now on"
             f" {[row['id'] for row in rows]}: give the data, seed and global batch of the run"
         )
     lines = []
-    for row, then in zip(rows, dump.samples, strict=True):
+    for row, then in zip(rows, before, strict=True):
         lines.append(
             f"sample {row['id']} (epoch {row['epoch']}, sigma {row['sigma']:.6f}): mse {row['mse']:.6g}, then"
             f" {then['mse']}; {_inputs(plan, int(row['id']))}; {then.get('prompt', '')!r}"
         )
     said = "updates the weights" if taken.updated else "does not update the weights"
     return [*lines, f"step {dump.step} {said}: gradient norm {trainer.grad_norm:.6g}"]
+
+
+def _sample(row: dict[str, Any]) -> tuple[int, int]:
+    return row["id"], row["epoch"]
 
 
 def _inputs(plan: Plan, sample_id: int) -> str:
