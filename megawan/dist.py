@@ -177,11 +177,19 @@ def initialize(place: Environment, device: torch.device, timeout_s: float) -> No
             )
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), RANK="0", WORLD_SIZE="1")
         os.environ["LOCAL_RANK"] = "0"
+    timeout = datetime.timedelta(seconds=timeout_s)
+    store, rank, world_size = next(
+        torch_dist.rendezvous("env://", place.rank, place.world_size, timeout=timeout)
+    )
+    # torchrun's store outlives a restart (torch 2.13): without a prefix the new ranks would find the dead
+    # ones' addresses in it.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     torch_dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        rank=place.rank,
-        world_size=place.world_size,
-        timeout=datetime.timedelta(seconds=timeout_s),
+        store=torch_dist.PrefixStore(f"attempt_{attempt}", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
         device_id=device if device.type == "cuda" else None,
     )
 

@@ -13,7 +13,10 @@ from megawan.checkpoint import StepWeights
 from tests.commands import wait_for
 from tests.ranks import Ended, train
 
-SHORT = ("--steps", "6", "--checkpoint.save_every", "2", "--checkpoint.keep_last", "0", "--ema.decay", "0.9")
+SHORT = (
+    *("--steps", "6", "--checkpoint.save_every", "2", "--checkpoint.keep_last", "0", "--ema.decay", "0.9"),
+    *("--optim.warmup_steps", "5"),  # another learning rate at every step
+)
 
 SECRETS = {
     "HF_TOKEN": "hf_planted5a17c0ffee",

@@ -77,6 +77,8 @@ def test_random_kills_over_200_steps_end_in_the_same_bits(tmp_path: Path) -> Non
         "7",
         "--ema.decay",
         "0.99",
+        "--dist_timeout",
+        "30",
         "--metrics.log_every",
         "10",
     )
