@@ -71,6 +71,11 @@ def main(argv: Sequence[str]) -> None:
         dist.initialize(place, device, options.dist_timeout)
     except ValueError as error:
         raise cli.UserError(str(error)) from None
+    except RuntimeError as error:  # no such address, or not all ranks came in time
+        raise cli.RunFailed(
+            f"cannot join the other {place.world_size - 1} ranks within {options.dist_timeout:g} s"
+            f" (--dist_timeout): {str(error).partition(chr(10))[0]}"
+        ) from None
     run(plan, device)
     dist.shutdown()
 

@@ -161,6 +161,15 @@ def with_process(pid: int, number: int) -> None:
         return
 
 
+@pytest.mark.parametrize("variables", [{"MASTER_ADDR": "no-such-host.invalid"}, {"WORLD_SIZE": "3"}])
+def test_a_world_that_does_not_come_together_ends_in_one_line(
+    variables: dict[str, str], tmp_path: Path
+) -> None:
+    ended = train(tmp_path, *RUN, "--dist_timeout", "6", variables=variables)
+    assert ended.codes == [1, 1] and ended.seconds < 2 * LOST_S
+    assert all("cannot join the other" in one_line(ended, rank) for rank in (0, 1))
+
+
 def test_ctrl_c_ends_all_ranks_at_once(tmp_path: Path) -> None:
     def interrupt(ranks: list[int], out: Path) -> None:
         wait_for("step 1/", out)
