@@ -1,7 +1,9 @@
 """What TensorBoard shows of a run before anybody chooses: three questions, and its settings."""
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard.summary import hparams
 
@@ -43,18 +45,42 @@ LAYOUT: dict[str, dict[str, list[Any]]] = {
     },
 }
 
+
+def layout(settings: Mapping[str, Any]) -> dict[str, dict[str, list[Any]]]:
+    """Return `LAYOUT` without the charts that a run of these settings would leave empty."""
+    data, metrics = settings.get("data", {}), settings.get("metrics", {})
+    absent = [
+        tag
+        for tag, present in {
+            "^train/loss_by_dataset/": len(data.get("path", ())) > 1,
+            "^eval/": settings.get("validation", {}).get("every", 0) > 0,
+            "^perf/mfu$": metrics.get("peak_tflops") is not None or torch.cuda.is_available(),
+        }.items()
+        if not present
+    ]
+    return {
+        question: {
+            chart: lines
+            for chart, lines in charts.items()
+            if not any(lines[1][0].startswith(tag) for tag in absent)
+        }
+        for question, charts in LAYOUT.items()
+    }
+
+
 RESULTS = ("train/loss", "eval/loss", "eval/normalized")
 """Curves beside which the page of hyper-parameters puts the settings."""
 
 
-def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, bool | float | str]:
-    """Return nested settings by dotted name, lists and nulls as text."""
-    found: dict[str, bool | float | str] = {}
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, float | str]:
+    """Return nested settings by dotted name; what is neither number nor text as text."""
+    found: dict[str, float | str] = {}
     for name, value in settings.items():
         if isinstance(value, dict):
             found.update(flat(value, f"{prefix}{name}."))
         else:
-            found[prefix + name] = value if isinstance(value, bool | int | float | str) else str(value)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            found[prefix + name] = value if number else str(value)
     return found
 
 

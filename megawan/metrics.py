@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megawan import cost, dist
+from megawan import cli, cost, dist
 from megawan.data.batch import Batch
 
 SIGMA_BINS = 10
@@ -247,10 +247,10 @@ class RunLog:
 
     def _show(self, settings: dict[str, Any], step: int) -> None:
         """Lay out TensorBoard's pages and put the settings on them."""
-        from megawan.dashboard import LAYOUT, settings_summaries, settings_table
+        from megawan.dashboard import layout, settings_summaries, settings_table
 
         assert self._writer is not None
-        self._writer.add_custom_scalars(LAYOUT)
+        self._writer.add_custom_scalars(layout(settings))
         if settings:
             self._writer.add_text("settings", settings_table(settings), step)
             for summary in settings_summaries(settings):
@@ -311,13 +311,22 @@ class RunLog:
 
 
 def open_wandb(project: str, folder: Path, settings: dict[str, Any]) -> Any:
-    """Return wandb's run of a run folder; the same one again when the folder's run is continued."""
+    """Return wandb's run of a run folder; the same one again when the folder's run is continued.
+
+    Raises cli.RunFailed when wandb will not have it: no account, no network, a wrong name.
+    """
     import wandb
 
     name = hashlib.blake2b(str(folder.resolve()).encode(), digest_size=8).hexdigest()
-    return wandb.init(
-        project=project, dir=str(folder), name=folder.name, id=name, resume="allow", config=settings
-    )
+    try:
+        return wandb.init(
+            project=project, dir=str(folder), name=folder.name, id=name, resume="allow", config=settings
+        )
+    except (wandb.Error, OSError, ValueError) as error:
+        raise cli.RunFailed(
+            f"--metrics.wandb_project {project}: {' '.join(str(error).split())} (WANDB_MODE=offline writes to"
+            f" {folder} alone)"
+        ) from None
 
 
 def _duration(seconds: float) -> str:
