@@ -29,7 +29,7 @@ LAYOUT: dict[str, dict[str, list[Any]]] = {
         "tokens a second": ["Multiline", ["^perf/tokens_per_s$"]],
         "shares of time that are waits": [
             "Multiline",
-            ["^perf/data_wait$", "^perf/straggler_wait$", "^perf/exposed_communication$"],
+            ["^perf/data_wait$", "^perf/straggler_ratio$", "^perf/exposed_communication$"],
         ],
     },
     "3. Is it healthy?": {
@@ -38,7 +38,7 @@ LAYOUT: dict[str, dict[str, list[Any]]] = {
         "learning rate": ["Multiline", ["^train/lr$"]],
         "steps without update, replaced samples": [
             "Multiline",
-            ["^train/skipped_steps$", "^data/replaced$"],
+            ["^train/skipped_steps$", "^data/bad_samples$"],
         ],
         "memory": ["Multiline", ["^mem/.*"]],
         "saving": ["Multiline", ["^save/.*"]],

@@ -157,7 +157,7 @@ class DataMeter:
         # The ranks of a context-parallel group count the same, so the mean is that of the dp ranks.
         world = torch.distributed.get_world_size()
         tokens, replaced, model, hardware = (dist.sum_over_ranks(mine) * self._dp_size / world).tolist()
-        curves = {"data/imbalance": self._imbalance / self._steps, "data/replaced": round(replaced, 3)}
+        curves = {"data/imbalance": self._imbalance / self._steps, "data/bad_samples": round(replaced, 3)}
         self._start_anew()
         return DataReading(tokens, model, hardware, curves)
 
@@ -207,7 +207,7 @@ class Stragglers:
                 f" mostly for rank {rank} ({seconds:.2f} s): its data, its machine or its network is slow"
             )
         self._late.clear()
-        return {"perf/straggler_wait": total / elapsed}, warning
+        return {"perf/straggler_ratio": total / elapsed}, warning
 
 
 class RunLog:

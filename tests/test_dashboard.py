@@ -19,8 +19,8 @@ TAGS = {
     *losses(LossReading(1.0, {0: 1.0}, {0: 1.0}, {0: 1.0, 1: 2.0}), ["a", "b"]),
     *speed(DataReading(1, 1, 1, {}), 1.0, PARTS, 1, 1, 1.0),
     *("train/lr", "train/grad_norm", "train/skipped_steps", "train/weight_delta_norm"),
-    *("eval/loss", "eval/normalized", "eval/normalized_by_sigma/q0", "data/replaced", "save/copy_s"),
-    *("mem/peak_gpu_gib", "perf/straggler_wait", "perf/exposed_communication"),
+    *("eval/loss", "eval/normalized", "eval/normalized_by_sigma/q0", "data/bad_samples", "save/copy_s"),
+    *("mem/peak_gpu_gib", "perf/straggler_ratio", "perf/exposed_communication"),
 }
 
 
