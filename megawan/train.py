@@ -8,6 +8,7 @@ Reads top-down: parse, plan, join the group, take the run folder, build, fill, l
 """
 
 import os
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 from megawan import checkpoint, cli, config, dist
 from megawan.agreement import StepAgreement, describe_samples
-from megawan.changes import changes, refused
+from megawan.changes import changes, flat, refused
 from megawan.data.replacement import BadSamples
 from megawan.faults import broken
 from megawan.files import write_json
@@ -41,7 +42,7 @@ from megawan.metrics import (
 from megawan.plan import Plan, make_plan, open_start, require_inputs, run_folder
 from megawan.run_folder import USED, RunFolder
 from megawan.saving import Saver
-from megawan.watch import Watch
+from megawan.watch import START, Watch
 
 if TYPE_CHECKING:  # imports DeepSpeed, seconds that --help and --dry-run do not need
     from megawan.trainer import Trainer
@@ -86,12 +87,7 @@ def run(plan: Plan, device: torch.device) -> None:
     path = Path(dist.share_text(str(run_folder(options))))
     for line in plan.describe():
         dist.say(line)
-    dist.require_agreement("software", str(software()))
-    dist.require_agreement("configuration", str(config.to_dict(options)))
-    dist.require_agreement("data", plan.data.fingerprint)
-    dist.require_agreement("recompute policy", plan.recompute)  # auto looks at this rank's own GPU
-    if options.health_check:
-        look_at_ranks(device)
+    require_agreement(plan)
     warning = dist.PreemptionWarning()
     folder = RunFolder(path)
     try:
@@ -99,8 +95,11 @@ def run(plan: Plan, device: torch.device) -> None:
         folder.claim(plan.checkpoint_bytes, dist.job_id())
     except ValueError as error:
         raise cli.UserError(str(error)) from None
+    warn_of_little_room(path / "checkpoints", plan.checkpoint_bytes, options.checkpoint)
     watch = Watch(path, options.dist_timeout)
     try:
+        if options.health_check:
+            look_at_ranks(device, watch)
         from megawan.engine import ExtensionError
         from megawan.trainer import Trainer
 
@@ -126,10 +125,42 @@ def run(plan: Plan, device: torch.device) -> None:
         folder.release()
 
 
-def look_at_ranks(device: torch.device) -> None:
+def require_agreement(plan: Plan) -> None:
+    """Raise RunFailed on every rank where ranks have another source, configuration or data."""
+    settings = flat(config.to_dict(plan.config))
+    alike = {
+        "software": "\n".join(f"{name} {version}" for name, version in software().items()),
+        "configuration": "\n".join(f"{name} {value}" for name, value in settings.items()),
+        "data": plan.data.fingerprint,
+        "recompute policy": plan.recompute,  # auto looks at this rank's own GPU
+    }
+    try:
+        for what, text in alike.items():
+            dist.require_agreement(what, text)
+    except RuntimeError as error:
+        raise cli.RunFailed(str(error)) from None
+
+
+def warn_of_little_room(root: Path, size: int, options: checkpoint.CheckpointOptions) -> None:
+    """Say when the disk holds fewer checkpoints of `size` bytes than will lie there: those that stay and the
+    one being written."""
+    if dist.is_main() and options.keep_last:
+        held = len(checkpoint.step_folders(root))
+        room, wanted = held + shutil.disk_usage(root).free // size, options.keep_last + 1
+        if room < wanted:
+            dist.say(
+                f"warning: {root} has room for {room} checkpoints of {size / 1e9:.1f} GB,"
+                f" --checkpoint.keep_last {options.keep_last} needs {wanted} while it saves"
+            )
+
+
+def look_at_ranks(device: torch.device, watch: Watch) -> None:
     """Say how fast ranks and links are, and which are slow. Raises RunFailed naming those that compute wrong
-    numbers."""
+    numbers; a rank that does not take part is named by `watch`."""
+    watch.at(0, "health check")
+    dist.strike(0, "health", dist.faults())
     health = examine(device)
+    watch.at(0, START)
     dist.say(health.describe())
     for warning in health.warnings():
         dist.say(f"warning: {warning}")

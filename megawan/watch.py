@@ -22,8 +22,9 @@ import torch.distributed as torch_dist
 from megawan import dist
 from megawan.cli import RunFailed
 
-PHASES = ("start", "data", "agreement", "forward and backward", "log", "save", "end")
-"""What a rank does in a step, in this order."""
+START = "start"
+PHASES = ("health check", START, "data", "agreement", "forward and backward", "log", "save", "end")
+"""What a rank does before the steps and in each, in this order."""
 _PACKAGE = str(Path(__file__).resolve().parent)
 _FIRST_ERROR_S = 5.0
 _PULSE_BYTES = 1024
@@ -62,7 +63,7 @@ class Watch:
         self._timeout = timeout_s
         self._beat_s = min(10.0, max(0.2, timeout_s / 10))
         self._rank, self._world = torch_dist.get_rank(), torch_dist.get_world_size()
-        self._at: tuple[int, str, str, float] = (0, PHASES[0], "", time.monotonic())
+        self._at: tuple[int, str, str, float] = (0, START, "", time.monotonic())
         self._closed = threading.Event()
         if dist.is_main():
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -135,10 +136,10 @@ class Watch:
             if seconds > self._timeout / 2 and warned != since and self._speaks():
                 warned = since
                 # What one rank does alone at the start, such as reading weights, may take its time.
-                ends = f"; the run ends after {self._timeout:g} s (--dist_timeout)" * (phase != PHASES[0])
+                ends = f"; the run ends after {self._timeout:g} s (--dist_timeout)" * (phase != START)
                 self._print(f"{self._report()}{ends}")
             # A collective that waits ends by itself at the time-out, with an error that says more.
-            if seconds > 1.1 * self._timeout + 5 and phase != PHASES[0]:
+            if seconds > 1.1 * self._timeout + 5 and phase != START:
                 self._print(f"rank {self._rank} hangs: {self._report()}")
                 dist.leave(1)
 

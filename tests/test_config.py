@@ -46,8 +46,8 @@ def test_flags_of_other_trainers() -> None:
     parsed = parse(
         "--learning-rate", "1e-4", "--gradient_accumulation_steps", "4", "--num_epochs", "2",
         "--save_steps=50", "--output_path", "o", "--local_rank=1", "--max_timestep_boundary", "0.417",
-        "--min_timestep_boundary", "0", "--resume-from-checkpoint", "must", "--keep_last", "3", "--keep-every",
-        "1000", "--save_minutes", "30", "--init-from", "w", "--allow_changes", "seed", "data",
+        "--min_timestep_boundary", "0", "--resume-from-checkpoint", "must", "--keep_last", "3",
+        "--keep-every", "1000", "--save_minutes", "30", "--init-from", "w", "--allow_changes", "seed", "data",
     )  # fmt: skip
     assert (parsed.optim.learning_rate, parsed.accumulation, parsed.epochs) == (1e-4, 4, 2)
     assert (parsed.checkpoint.save_every, parsed.output, parsed.local_rank) == (50, Path("o"), -1)

@@ -93,11 +93,10 @@ def test_a_shared_text_arrives_whole(seen: list[dict[str, Any]]) -> None:
 
 
 def test_a_disagreement_names_the_stranger(seen: list[dict[str, Any]]) -> None:
-    for rank, one in enumerate(seen):
-        assert one["agree"] == ""
-        assert one["disagree"] == (
-            f"ranks [1] disagree with rank 0 about the weather; this rank has: sunny on {rank}"
-        )
+    named = "ranks [1] disagree with rank 0 about the weather; "
+    assert [one["agree"] for one in seen] == ["", ""]
+    assert seen[0]["disagree"] == named + "what they have stands in their own messages"
+    assert seen[1]["disagree"] == named + "this rank has: sunny on 1; rank 0 has: sunny on 0"
 
 
 def test_one_failure_is_everybodys(seen: list[dict[str, Any]]) -> None:

@@ -24,7 +24,8 @@ MUTATIONS = {
         "    written = dist.all_succeeded(not problem, group)\n"
         "    entries = _share_entries(digest, size, group)\n"
         "    if written and",
-        '    written, entries = True, {rank_file(rank): {"bytes": size, "sha256": digest}}\n    if written and',
+        '    written, entries = True, {rank_file(rank): {"bytes": size, "sha256": digest}}\n'
+        "    if written and",
         "tests/test_checkpoint.py",
     ),
     "latest before the rename": (
