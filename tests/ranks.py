@@ -39,7 +39,8 @@ def train(
     """Run `train.py flags...` on `world` ranks in `cwd` and return how each ended; none outlives this call.
 
     `fault`: MEGAWAN_FAULT. `of_rank_1`: flags for this rank alone. `meanwhile` is called with the ranks'
-    process numbers and the file of rank 0's output. Ends at `timeout`, or 3 s after the last rank that is not stopped.
+    process numbers and the file of rank 0's output. Ends at `timeout`, or 3 s after the last rank that is
+    not stopped.
     """
     began, port, ranks = time.monotonic(), free_port(), list[subprocess.Popen[bytes]]()
     files = [(cwd / f".out{rank}", cwd / f".err{rank}") for rank in range(world)]

@@ -168,7 +168,7 @@ def test_a_rank_that_fails_the_health_check_is_named(kind: str, tmp_path: Path) 
     assert ended.codes[0] == 1 and ended.seconds < LOST_S
     said = one_line(ended, 0)
     assert "rank 1 (" in said and "step 0, health check" in said
-    assert not list((tmp_path / "run/checkpoints").iterdir())
+    assert not (tmp_path / "run/config.json").exists()
 
 
 def test_ranks_with_another_configuration_stop_before_they_train(tmp_path: Path) -> None:
