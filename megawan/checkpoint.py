@@ -120,10 +120,14 @@ def _at(path: Path) -> Path:
     inside = _shared_step_folders(path / "checkpoints") or _shared_step_folders(path)
     if inside:
         return _newest_sound(path, inside)
-    seen = path.is_dir()
-    if not (dist.all_succeeded(seen) if torch_dist.is_initialized() else seen):
-        where = "no such folder" if not seen else "another rank sees no such folder"
-        raise ValueError(f"--resume {path}: {where}; legal: auto, must, none, a step folder or a run folder")
+    problem = "" if path.is_dir() else "no such folder"
+    if not problem and not _STEP_FOLDER.fullmatch(path.name) and not (path / "manifest.json").exists():
+        problem = "no checkpoint of a run; weights to start from are for --model.init_from"
+    if not (dist.all_succeeded(not problem) if torch_dist.is_initialized() else not problem):
+        problem = problem or "another rank sees no checkpoint there"
+        raise ValueError(
+            f"--resume {path}: {problem}; legal: auto, must, none, a step folder or a run folder"
+        )
     verify(path)
     return path
 

@@ -373,6 +373,9 @@ def test_choose_says_what_it_does_not_take(sound: Path, capsys: pytest.CaptureFi
         checkpoint.choose(sound.parent / "nothing", "must")
     with pytest.raises(ValueError, match="--resume nowhere: no such folder; legal: auto, must, none"):
         checkpoint.choose(sound.parent, "nowhere")
+    (sound.parent / "weights").mkdir()
+    with pytest.raises(ValueError, match="weights: no checkpoint of a run; .* for --model.init_from; legal"):
+        checkpoint.choose(sound.parent, str(sound.parent / "weights"))
 
 
 def test_a_run_folder_stands_for_its_newest_sound_checkpoint(
