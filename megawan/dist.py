@@ -185,14 +185,31 @@ def initialize(place: Environment, device: torch.device, timeout_s: float) -> No
     # torchrun's store outlives a restart (torch 2.13): without a prefix the new ranks would find the dead
     # ones' addresses in it.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = torch_dist.PrefixStore(f"attempt_{attempt}", store)
+    require_one_kind(store, rank, device, socket.gethostname())
     torch_dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        store=torch_dist.PrefixStore(f"attempt_{attempt}", store),
+        store=store,
         rank=rank,
         world_size=world_size,
         timeout=timeout,
         device_id=device if device.type == "cuda" else None,
     )
+
+
+def require_one_kind(store: torch_dist.Store, rank: int, device: torch.device, host: str) -> None:
+    """Raise ValueError where this rank computes on another kind of device than rank 0.
+
+    A machine whose driver is broken shows no GPU, and its ranks would wait on gloo for others that are on
+    NCCL.
+    """
+    if rank == 0:
+        store.set("device", f"{device.type} on {host}")
+    first = store.get("device").decode()
+    if first.partition(" ")[0] != device.type:
+        raise ValueError(
+            f"rank {rank} computes on {device.type} on {host}, rank 0 on {first}: one of the two sees no GPU"
+        )
 
 
 def shutdown() -> None:
