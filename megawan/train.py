@@ -149,7 +149,7 @@ def warn_of_little_room(root: Path, size: int, options: checkpoint.CheckpointOpt
         room, wanted = held + shutil.disk_usage(root).free // size, options.keep_last + 1
         if room < wanted:
             dist.say(
-                f"warning: {root} has room for {room} checkpoints of {size / 1e9:.1f} GB,"
+                f"warning: {root} has room for {room} checkpoints of {size / 1e9:.3g} GB,"
                 f" --checkpoint.keep_last {options.keep_last} needs {wanted} while it saves"
             )
 
