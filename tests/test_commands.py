@@ -146,7 +146,7 @@ def test_both_experts_of_an_a14b_become_one_model(experts: Path) -> None:
             assert torch.allclose(inputs.theirs(twin), expected, atol=1e-5)
     job = ("--input", ".", "--dtype", "float32")  # the folder of a job of slurm/train_a14b.sh
     native = tool("export_checkpoint", *job, "--output", "n", cwd=experts)
-    assert native.code == 0, native.err
+    assert native.code == 0 and "step 1 of high and step 1 of low as native" in native.out, native.err
     for expert in ("high", "low"):
         saved = StepWeights(experts / expert / "checkpoints/step_0000001")
         written = open_weights(experts / f"n/{expert}_noise_model")

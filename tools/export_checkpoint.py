@@ -73,8 +73,9 @@ def main(argv: Sequence[str]) -> None:
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from None
     size = sum(file.stat().st_size for file in files)
+    sources = [f"step {one.step} of {one.folder.parent.parent}" for one in (saved, low) if one is not None]
     print(
-        f"exported step {saved.step} of {saved.folder.parent.parent} as {options.layout} {options.dtype}:"
+        f"exported {' and '.join(sources)} as {options.layout} {options.dtype}:"
         f" {len(files)} file{'s' if len(files) > 1 else ''}, {size / 1e6:,.1f} MB in {options.output}"
     )
 
