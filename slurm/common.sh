@@ -99,7 +99,9 @@ start_world() {
     printf '%q ' "$@" && printf '\n'
     [[ "$dry_run" != 1 ]] || return 0
     [[ -n "${MEGAWAN_CONTAINER:-}" ]] || command -v "$python" >/dev/null || fail "no $python; run bash launchers/setup.sh"
-    PATH="$(dirname "$python"):$PATH" "$@" </dev/null &
+    local path="$PATH" # the working directory is not to stand in it
+    [[ "$python" != */* ]] || path="$(dirname "$python"):$PATH"
+    PATH="$path" "$@" </dev/null &
     worlds+=("$!")
 }
 

@@ -275,6 +275,17 @@ def test_container(cluster: Cluster) -> None:
     assert words[words.index("torch.distributed.run") - 2] == "python3"
 
 
+@pytest.mark.parametrize(("python", "first"), [("/opt/my env/python", "/opt/my env"), ("python3", None)])
+def test_the_interpreters_folder_comes_first_on_path(
+    python: str, first: str | None, cluster: Cluster
+) -> None:
+    stub(cluster.home / "python3", "true")
+    cluster.run(
+        "train_14b", MEGAWAN_PYTHON=python, MEGAWAN_CONTAINER="image", STUB_SRUN='echo "$PATH" >"$HOME/path"'
+    )
+    assert (cluster.home / "path").read_text().split(":")[0] == (first or f"{cluster.home}/bin")
+
+
 @pytest.mark.parametrize(
     ("env", "words"),
     [
