@@ -24,10 +24,12 @@ from tqdm import tqdm
 from megawan import checkpoint, cli, config, dist
 from megawan.agreement import StepAgreement, describe_samples
 from megawan.changes import changes, flat, refused
+from megawan.data.batch import Batch
 from megawan.data.mixture import Mixture
 from megawan.data.replacement import BadSamples
 from megawan.faults import broken
 from megawan.files import write_json
+from megawan.flow.loss import FlowSample
 from megawan.hardware import peak_flops
 from megawan.health import examine
 from megawan.metrics import (
@@ -198,7 +200,7 @@ def loop(trainer: "Trainer", start: int, folder: Path, warning: dist.PreemptionW
     watch.at(start, "validation")
     validation = hold_out(trainer)
     if validation is not None and start == 0:
-        log.scalars(0, validation.run(trainer.measure, device))
+        log.scalars(0, validate(validation, trainer, watch, 0))
     batches, faults = trainer.batches(start), dist.faults()
     logged, failed_saves = start, 0
     times.read()
@@ -249,9 +251,8 @@ def loop(trainer: "Trainer", start: int, folder: Path, warning: dist.PreemptionW
                 dist.say(warned)
             logged = step
         if validation is not None and (last or step % options.validation.every == 0):
-            watch.at(step, "validation")
             with times.host("validation"):
-                log.scalars(step, validation.run(trainer.measure, device))
+                log.scalars(step, validate(validation, trainer, watch, step))
         due = options.checkpoint.save_every and step % options.checkpoint.save_every == 0
         if last or due or request.reason:
             watch.at(step, "save", samples)
@@ -324,6 +325,17 @@ def gpu_peak(given: float | None, device: torch.device) -> float | None:
     if given is not None:
         return given * 1e12
     return peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def validate(validation: Validation, trainer: "Trainer", watch: Watch, step: int) -> dict[str, float]:
+    """Return the points of the eval curves; every answer is a sign of life, as all may outlast the
+    time-out."""
+
+    def measure(batch: Batch, sample: FlowSample) -> torch.Tensor:
+        watch.at(step, "validation")
+        return trainer.measure(batch, sample)
+
+    return validation.run(measure, trainer.device)
 
 
 def report_saves(saver: Saver, log: RunLog, step: int, failed: int) -> int:

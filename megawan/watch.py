@@ -23,7 +23,10 @@ from megawan import dist
 from megawan.cli import RunFailed
 
 START = "start"
-PHASES = ("health check", START, "data", "agreement", "forward and backward", "log", "save", "end")
+PHASES = (
+    *("health check", START, "data", "agreement", "forward and backward", "log", "validation", "save"),
+    "end",
+)
 """What a rank does before the steps and in each, in this order."""
 _PACKAGE = str(Path(__file__).resolve().parent)
 _FIRST_ERROR_S = 5.0
@@ -76,7 +79,9 @@ class Watch:
             thread.start()
 
     def at(self, step: int, phase: str, samples: str = "") -> None:
-        """Say that this rank begins a phase of a step."""
+        """Say that this rank begins a phase of a step, one of PHASES."""
+        if phase not in PHASES:
+            raise ValueError(f"{phase!r} is not in watch.PHASES: a report could not say who is behind")
         self._at = (step, phase, samples, time.monotonic())
 
     def close(self) -> None:

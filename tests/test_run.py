@@ -11,6 +11,8 @@ import pytest
 from megawan import changes, train
 from megawan.checkpoint import CheckpointOptions
 from megawan.run_folder import LOCK
+from megawan.watch import PHASES, Watch
+from tests.dist_workers import world_of_one
 from tests.distributed import run_distributed
 
 
@@ -82,6 +84,16 @@ def test_a_disk_that_will_be_full_is_said_beforehand(
         (tmp_path / f"step_000000{step}").mkdir()
     train.warn_of_little_room(tmp_path, size, CheckpointOptions(keep_last=2))
     assert capsys.readouterr().out == ""
+
+
+def test_a_phase_that_no_report_knows_is_refused(tmp_path: Path) -> None:
+    with world_of_one():
+        watch = Watch(tmp_path, 60)
+        for phase in PHASES:
+            watch.at(1, phase)
+        with pytest.raises(ValueError, match="'lunch' is not in watch.PHASES"):
+            watch.at(1, "lunch")
+        watch.close()
 
 
 def test_training_goes_on_while_a_save_writes_what_it_copied(seen: list[dict[str, Any]]) -> None:
