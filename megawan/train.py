@@ -164,9 +164,9 @@ def warn_of_little_room(root: Path, size: int, options: checkpoint.CheckpointOpt
 def look_at_ranks(device: torch.device, watch: Watch) -> None:
     """Say how fast ranks and links are, and which are slow. Raises RunFailed naming those that compute wrong
     numbers; a rank that does not take part is named by `watch`."""
-    watch.at(0, "health check")
+    watch.at(0, "health check, alone")
     dist.strike(0, "health", dist.faults())
-    health = examine(device)
+    health = examine(device, lambda: watch.at(0, "health check, together"))
     watch.at(0, START)
     dist.say(health.describe())
     for warning in health.warnings():

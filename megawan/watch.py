@@ -24,8 +24,8 @@ from megawan.cli import RunFailed
 
 START = "start"
 PHASES = (
-    *("health check", START, "data", "agreement", "forward and backward", "log", "validation", "save"),
-    "end",
+    *("health check, alone", "health check, together", START, "data", "agreement"),
+    *("forward and backward", "log", "validation", "save", "end"),
 )
 """What a rank does before the steps and in each, in this order."""
 _PACKAGE = str(Path(__file__).resolve().parent)
@@ -73,6 +73,7 @@ class Watch:
             self._folder.mkdir(exist_ok=True)
         torch_dist.barrier()
         self._main = threading.get_ident()
+        self._write(self._pulse())  # so that a rank which dies at once has a name and a machine
         # Two threads: the disk may let a beat wait for long, and the look must not wait for it.
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._beat, self._look)]
         for thread in self._threads:
@@ -127,11 +128,12 @@ class Watch:
 
     def _beat(self) -> None:
         while not self._closed.wait(self._beat_s):
-            step, phase, _, since = self._at
-            seconds = time.monotonic() - since
-            self._write(
-                Pulse(self._rank, socket.gethostname(), os.getpid(), step, phase, seconds, self._where())
-            )
+            self._write(self._pulse())
+
+    def _pulse(self) -> Pulse:
+        step, phase, _, since = self._at
+        seconds = time.monotonic() - since
+        return Pulse(self._rank, socket.gethostname(), os.getpid(), step, phase, seconds, self._where())
 
     def _look(self) -> None:
         warned = 0.0
