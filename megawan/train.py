@@ -49,7 +49,7 @@ from megawan.run_folder import USED, RunFolder
 from megawan.saving import Saver
 from megawan.step_times import BESIDE, StepTimes
 from megawan.validation import Validation
-from megawan.watch import START, Watch
+from megawan.watch import BUILD, Watch
 
 if TYPE_CHECKING:  # imports DeepSpeed, seconds that --help and --dry-run do not need
     from megawan.trainer import Trainer
@@ -107,6 +107,7 @@ def run(plan: Plan, device: torch.device) -> None:
     try:
         if options.health_check:
             look_at_ranks(device, watch)
+        watch.at(0, BUILD)
         from megawan.engine import ExtensionError
         from megawan.trainer import Trainer
 
@@ -167,7 +168,6 @@ def look_at_ranks(device: torch.device, watch: Watch) -> None:
     watch.at(0, "health check, alone")
     dist.strike(0, "health", dist.faults())
     health = examine(device, lambda: watch.at(0, "health check, together"))
-    watch.at(0, START)
     dist.say(health.describe())
     for warning in health.warnings():
         dist.say(f"warning: {warning}")

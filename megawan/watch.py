@@ -22,9 +22,9 @@ import torch.distributed as torch_dist
 from megawan import dist
 from megawan.cli import RunFailed
 
-START = "start"
+START, BUILD = "start", "build"
 PHASES = (
-    *("health check, alone", "health check, together", START, "data", "agreement"),
+    *(START, "health check, alone", "health check, together", BUILD, "data", "agreement"),
     *("forward and backward", "log", "validation", "save", "end"),
 )
 """What a rank does before the steps and in each, in this order."""
@@ -143,10 +143,12 @@ class Watch:
             if seconds > self._timeout / 2 and warned != since and self._speaks():
                 warned = since
                 # What one rank does alone at the start, such as reading weights, may take its time.
-                ends = f"; the run ends after {self._timeout:g} s (--dist_timeout)" * (phase != START)
+                ends = f"; the run ends after {self._timeout:g} s (--dist_timeout)" * (
+                    phase not in (START, BUILD)
+                )
                 self._print(f"{self._report()}{ends}")
             # A collective that waits ends by itself at the time-out, with an error that says more.
-            if seconds > 1.1 * self._timeout + 5 and phase != START:
+            if seconds > 1.1 * self._timeout + 5 and phase not in (START, BUILD):
                 self._print(f"rank {self._rank} hangs: {self._report()}")
                 dist.leave(1)
 
