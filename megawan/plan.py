@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from megawan import checkpoint, cost, ds_config, ema, filler, metrics, optim, profiling, validation
+from megawan import checkpoint, cost, ds_config, ema, filler, metrics, optim, previews, profiling, validation
 from megawan.cli import UserError
 from megawan.config import TrainConfig
 from megawan.data.filling import FillingError, FillingStore
@@ -86,6 +86,11 @@ class Plan:
         """FLOPs of training on one video of each latent shape."""
         shape, patch = model_shape(self.variant.config), self.variant.config.patch_size
         return {each: float(cost.train_flops(shape, _tokens(each, patch))) for each in set(self.data.shapes)}
+
+    @property
+    def codec(self) -> str:
+        """The video codec that made the latents; synthetic ones decode as noise, by the weightless one."""
+        return "dct" if isinstance(self.data, SyntheticLatents) else str(self.data.settings["codec"])
 
     @property
     def offloads_optimizer(self) -> bool:
@@ -279,6 +284,14 @@ def _resolve(config: TrainConfig, place: Environment) -> Plan:
         choose_recompute(config, variant, topology, resolved, longest),
         weights,
         open_held_out(config, variant, data),
+    )
+    previews.check(
+        config.sample,
+        codec=plan.codec,
+        channels=variant.latent_channels,
+        text_only=not (variant.condition_channels or variant.config.has_clip or clean_frames),
+        expert=variant.expert,
+        variant=variant.name,
     )
     select_attention(
         config.model.attention,

@@ -25,9 +25,11 @@ from megawan.cli import RunFailed
 START, BUILD = "start", "build"
 PHASES = (
     *(START, "health check, alone", "health check, together", BUILD, "data", "agreement"),
-    *("forward and backward", "log", "validation", "save", "end"),
+    *("forward and backward", "log", "validation", "samples", "save", "end"),
 )
 """What a rank does before the steps and in each, in this order."""
+_UNTIMED = (START, BUILD, "samples")
+"""What may take its time: a rank reads all weights, or makes a video."""
 _PACKAGE = str(Path(__file__).resolve().parent)
 _FIRST_ERROR_S = 5.0
 _PULSE_BYTES = 1024
@@ -143,12 +145,10 @@ class Watch:
             if seconds > self._timeout / 2 and warned != since and self._speaks():
                 warned = since
                 # What one rank does alone at the start, such as reading weights, may take its time.
-                ends = f"; the run ends after {self._timeout:g} s (--dist_timeout)" * (
-                    phase not in (START, BUILD)
-                )
+                ends = f"; the run ends after {self._timeout:g} s (--dist_timeout)" * (phase not in _UNTIMED)
                 self._print(f"{self._report()}{ends}")
             # A collective that waits ends by itself at the time-out, with an error that says more.
-            if seconds > 1.1 * self._timeout + 5 and phase not in (START, BUILD):
+            if seconds > 1.1 * self._timeout + 5 and phase not in _UNTIMED:
                 self._print(f"rank {self._rank} hangs: {self._report()}")
                 dist.leave(1)
 
