@@ -241,6 +241,20 @@ def activation_bytes(
     return _blocks(shape, layers) * (local_tokens(tokens, cp_size) * token + keys * bytes_per_element)
 
 
+def end_bytes(shape: ModelShape, tokens: int, *, cp_size: int = 1, bytes_per_element: int = 2) -> int:
+    """Return the bytes that what stands before and behind the blocks keeps for backward, for one video.
+
+    The patches; of text, CLIP tokens and time every layer's input; the head's input, its modulated norm in
+    float32 and that norm's two statistics a token.
+    """
+    d, size = shape.dim, bytes_per_element
+    token = shape.in_dim * shape.patch_volume * size + d * (size + 4) + 8
+    text = shape.text_len * (shape.text_dim + 3 * d) * size
+    image = shape.image_tokens * (4 * CLIP_DIM + 2 * d) * size if shape.image_branch else 0
+    time = (shape.freq_dim + 12 * d) * 4
+    return local_tokens(tokens, cp_size) * token + text + image + time
+
+
 def block_working_bytes(
     shape: ModelShape,
     tokens: int,
@@ -301,8 +315,8 @@ class RankMemory:
     """Bytes of device memory of one rank at the peak of a step, by what they are for."""
 
     states: int  # this rank's weights, gradients and optimizer states
-    kept: int  # what the blocks keep for backward
-    working: int  # one block in backward, the embeddings and the head
+    kept: int  # what blocks, embeddings and head keep for backward
+    working: int  # one block in backward
     gathered: int  # ZeRO-3: two blocks' weights and one block's gradients before they are reduced
     buckets: int  # of communication
     updating: int  # gradients once more and in float32, while the optimizer works on them
@@ -353,15 +367,14 @@ def rank_memory(
         offloaded = layout.offload_activations and policy != "none"
         kept += here // layers if offloaded else here
         working = max(working, block_working_bytes(shape, tokens, policy, **_spread(layout)))
-    # The head keeps its input and, in float32, the modulated norm of it.
-    ends = local_tokens(tokens, layout.cp_size) * shape.dim * (size + 4)
+    ends = end_bytes(shape, tokens, cp_size=layout.cp_size, bytes_per_element=size)
     states = model_states(parameters(shape), layout.world_size, layout.zero_stage, layout.precision)
     block = block_parameters(shape) * size
     return RankMemory(
         states=(0 if layout.offload_weights else states.weights)
         + (0 if layout.offload_optimizer else states.gradients + states.optimizer),
-        kept=layout.micro_batch * kept,
-        working=layout.micro_batch * (working + ends),
+        kept=layout.micro_batch * (kept + ends),
+        working=layout.micro_batch * working,
         gathered=3 * block if layout.zero_stage == 3 else 0,
         buckets=2 * layout.bucket * size,
         updating=_updating(shape, layout),

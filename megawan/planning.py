@@ -401,7 +401,8 @@ def _context_traffic(question: Question, topology: Topology) -> _Traffic:
             away = max(away, ulysses - min(places.count(place) for place in places))
     outside = ring > 1 and any(
         (start + step * ulysses) // domain != (start + (step + 1) % ring * ulysses) // domain
-        for start in range(0, period, topology.cp_size)
+        for group in range(0, period, topology.cp_size)
+        for start in range(group, group + ulysses)  # the first of each ring
         for step in range(ring)
     )
     return _Traffic(away / (ulysses - 1) if away else 0.0, float(outside))
