@@ -263,13 +263,13 @@ def rows(question: Question) -> list[Row]:
 
 
 def pick(found: list[Row]) -> Row | None:
-    """Return the row to run, None if none fits: of those within 1 % of the fastest, which no estimate here
+    """Return the row to run, None if none fits: of those within 2 % of the fastest, which no estimate here
     tells apart, one without offload, without ring, with the most memory to spare."""
     fitting = [row for row in found if row.fits]
     if not fitting:
         return None
     return min(
-        (row for row in fitting if row.typical <= 1.01 * fitting[0].typical),
+        (row for row in fitting if row.typical <= 1.02 * fitting[0].typical),
         key=lambda row: (
             row.offload_optimizer or row.offload_activations,
             row.topology.ring_degree > 1,
