@@ -51,7 +51,7 @@ def states(engine: Any, model: torch.nn.Module) -> dict[str, list[torch.Tensor]]
         }
     return {
         "weights": parameters,
-        "gradients": [gradient for group in inner.averaged_gradients.values() for gradient in group],
+        "gradients": [x for group in inner.averaged_gradients.values() for x in group or ()],
         "optimizer": [*inner.single_partition_of_fp32_groups, *moments(inner.optimizer)],
     }
 
