@@ -340,13 +340,9 @@ def _policies(
     if mixed is not None and (mixed.text != "none" or not away):
         splits.setdefault(mixed.text, mixed.split)
     for text, split in splits.items():
-        memory = cost.rank_memory(question.shape, question.tokens, split, layout)
-        host = cost.host_memory(question.shape, question.tokens, split, layout)
-        row = _costed(
-            question, topology, layout, f"ds_configs/{name}.json", text, split, accumulation, traffic
+        yield _costed(
+            question, topology, layout, f"ds_configs/{name}.json", text, split, accumulation, problem, traffic
         )
-        why = problem or _what_lacks(question, layout, memory, host)
-        yield replace(row, memory=memory, host=host, why_not=why)
 
 
 def _what_lacks(
@@ -431,9 +427,10 @@ def _costed(
     text: str,
     split: tuple[tuple[str, int], ...],
     accumulation: int,
+    problem: str,
     traffic: _Traffic,
 ) -> Row:
-    """Return the row but for its memory."""
+    """Return the row; `problem` is what already speaks against the layout."""
     shape, tokens = question.shape, question.tokens
     videos = question.micro_batch * accumulation  # of one rank in a step
     ulysses, ring, repeated, repeated_linear = _blocks_sent(shape, tokens, topology, split)
@@ -447,9 +444,11 @@ def _costed(
         zero_inter=zero_inter,
     )
     work = _work(question, topology, split, videos, repeated, repeated_linear)
-    host = cost.host_memory(shape, tokens, split, layout).activations * accumulation
+    memory = cost.rank_memory(shape, tokens, split, layout)
+    host = cost.host_memory(shape, tokens, split, layout)
+    parked = host.activations * accumulation
     fast, slow = (
-        _seconds(question, topology, layout, wire, work, host, _rates(question.gpu, rates))
+        _seconds(question, topology, layout, wire, work, parked, _rates(question.gpu, rates))
         for rates in (FAST, SLOW)
     )
     model_flops = cost.train_flops(shape, tokens) * videos * topology.dp_size
@@ -462,15 +461,15 @@ def _costed(
         layout.offload_activations,
         question.micro_batch,
         accumulation,
-        cost.RankMemory(0, 0, 0, 0, 0, 0),
-        cost.HostMemory(0, 0, 0),
+        memory,
+        host,
         model_flops,
         repeated * videos * topology.dp_size,
         wire,
         fast,
         slow,
         cost.mfu(model_flops, fast.products, topology.world_size, question.gpu.peak_flops),
-        "",
+        problem or _what_lacks(question, layout, memory, host),
     )
 
 
