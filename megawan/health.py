@@ -62,8 +62,11 @@ class Health:
         )
 
 
-def examine(device: torch.device) -> Health:
-    """Measure this world, collective: a second on GPUs, less on CPUs. Waits end with the group's time-out."""
+def examine(device: torch.device, together: Callable[[], None] = lambda: None) -> Health:
+    """Measure this world, collective: a second on GPUs, less on CPUs. Waits end with the group's time-out.
+
+    `together` is called before the first exchange with other ranks, after what each does alone.
+    """
     on_gpu = device.type == "cuda"
     size, elements = (8192, 2**24) if on_gpu else (256, 2**18)
     rank, world = torch_dist.get_rank(), torch_dist.get_world_size()
@@ -86,6 +89,7 @@ def examine(device: torch.device) -> Health:
             work.wait()
         return received
 
+    together()
     neighbour = matmul
     if world > 1:
         got, neighbour = _timed(exchange, device)
