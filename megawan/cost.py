@@ -385,10 +385,10 @@ def _updating(shape: ModelShape, layout: Layout) -> int:
     """Return the bytes that an update takes for a moment: DeepSpeed joins the gradients and widens them."""
     if layout.zero_stage == 0 or layout.offload_optimizer:
         return 0
-    share = -(-parameters(shape) // layout.world_size)
-    if layout.zero_stage == 3:
-        share = min(share, layout.sub_group)
-    return share * (4 + 2 if layout.bytes_per_element == 2 else 4)
+    share, size = -(-parameters(shape) // layout.world_size), layout.bytes_per_element
+    if layout.zero_stage < 3:
+        return share * (size + 4)
+    return min(share, layout.sub_group) * (size + 4 if size < 4 else 4)  # float32 gradients are not copied
 
 
 def host_memory(
