@@ -26,16 +26,22 @@ from megawan.models.attention import select_attention
 from megawan.models.initial import InitialWeights
 from megawan.models.layouts import OpenedWeights, open_weights
 from megawan.models.recompute import Recompute, parse_recompute
-from megawan.models.variants import CLIP_TOKENS, Variant, WanConfig, get_variant
+from megawan.models.variants import Variant, get_variant
 from megawan.models.wan import token_grid
 from megawan.parallel.topology import Topology, divisors, legal_ulysses, validate
 from megawan.rng import position_key
+from megawan.sizes import (
+    GIB,
+    RESERVE,
+    describe_memory,
+    latent_shape,
+    memory_layout,
+    model_shape,
+    require_trainable,
+)
 
 PACKAGE = Path(__file__).resolve().parent
 AUTO = "auto"
-GIB = 2**30
-RESERVE = 0.1  # of a GPU's memory: CUDA's context, NCCL's buffers, fragmentation, what the estimate misses
-DEEPSPEED_BUCKET = 500_000_000  # elements, where the file names none
 NODE = 8  # ranks that Ulysses should stay within
 DOUBLINGS = 8
 
@@ -169,35 +175,13 @@ class Plan:
         return "passes: " + ", ".join(f"{name} {times:.1f}" for name, times in passes)
 
 
-def model_shape(wan: WanConfig) -> cost.ModelShape:
-    """Return the sizes of `wan` that its cost depends on."""
-    return cost.ModelShape(
-        wan.dim,
-        wan.ffn_dim,
-        wan.num_heads,
-        wan.num_layers,
-        wan.in_dim,
-        wan.out_dim,
-        wan.text_len,
-        wan.text_dim,
-        wan.freq_dim,
-        image_branch=wan.has_clip,
-        image_tokens=wan.clip_tokens or CLIP_TOKENS,
-        image_positions=wan.pos_embed_seq_len is not None,
-        patch_volume=wan.patch_volume,
-        vace_layers=len(wan.vace_layers),
-        vace_in_dim=wan.vace_in_dim,
-    )
-
-
 def require_inputs(plan: Plan) -> None:
     """Raise cli.UserError when the samples lack what the variant's forward pass takes."""
     variant = plan.variant
-    if variant.config.vace_layers:
-        raise UserError(
-            f"--model.variant {variant.name}: VACE is read and written, but its context is not in the"
-            " training step yet; legal: every variant without vace in its name"
-        )
+    try:
+        require_trainable(variant)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     stores: list[tuple[str, StoredSamples | Mixture | SyntheticLatents]] = []
     if not isinstance(plan.data, FillingStore):  # that is encoded for this very variant, and may come late
         stores.append((f"--data.path {' '.join(map(str, plan.config.data.path))}", plan.data))
@@ -373,15 +357,6 @@ def choose_recompute(
     )
 
 
-def describe_memory(memory: cost.RankMemory) -> str:
-    """Return the total and its parts in GiB."""
-    return (
-        f"{memory.total / GIB:,.3g} GiB a rank = model states {memory.states / GIB:,.3g} + kept activations"
-        f" {memory.kept / GIB:,.3g} + one block at work {memory.working / GIB:,.3g} + gathered weights and"
-        f" buckets {memory.buffers / GIB:,.3g}"
-    )
-
-
 def smallest_layout(
     config: TrainConfig,
     variant: Variant,
@@ -422,18 +397,14 @@ def memory_budget(asked: float | None) -> int:
 
 def cost_layout(config: TrainConfig, topology: Topology, resolved: ds_config.Resolved) -> cost.Layout:
     """Return what of the run decides the memory of a rank."""
-    zero = resolved.config["zero_optimization"]
-    return cost.Layout(
+    return memory_layout(
+        resolved.config["zero_optimization"],
+        resolved.precision,
         topology.world_size,
         topology.ulysses_degree,
         topology.ring_degree,
-        resolved.zero_stage,
-        resolved.precision,
         config.micro_batch,
-        bucket=int(zero.get("reduce_bucket_size", DEEPSPEED_BUCKET)),
-        offload_optimizer=zero.get("offload_optimizer", {}).get("device", "none") != "none",
-        offload_weights=zero.get("offload_param", {}).get("device", "none") != "none",
-        offload_activations=config.model.offload_activations,
+        config.model.offload_activations,
     )
 
 
@@ -590,27 +561,6 @@ def open_folder(path: Path, config: TrainConfig, variant: Variant, rank: int) ->
         return filler.open_filled(options, rank=rank, wait_timeout=asked.wait_timeout, say=say)
     except FillingError as error:
         raise ValueError(str(error)) from None
-
-
-def latent_shape(
-    frames: int,
-    height: int,
-    width: int,
-    channels: int,
-    stride: tuple[int, int, int],
-    patch: tuple[int, int, int],
-) -> tuple[int, int, int, int]:
-    """Return (C, T, H, W) of a clip's latents. Raises ValueError for sizes that the VAE or the patches do not
-    divide."""
-    if frames < 1 or (frames - 1) % stride[0]:
-        raise ValueError(f"{frames} frames: must be {stride[0]}n+1")
-    for name, size, step in (
-        ("height", height, stride[1] * patch[1]),
-        ("width", width, stride[2] * patch[2]),
-    ):
-        if size < step or size % step:
-            raise ValueError(f"{name} {size} must be a multiple of {step}")
-    return channels, (frames - 1) // stride[0] + 1, height // stride[1], width // stride[2]
 
 
 def run_folder(config: TrainConfig) -> Path:
