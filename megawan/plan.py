@@ -89,7 +89,7 @@ class Plan:
     @property
     def checkpoint_bytes(self) -> int:
         """What one checkpoint takes on the disk: fp32 master, two moments, and the moving average if kept."""
-        return (16 if self.config.ema.decay else 12) * cost.parameters(model_shape(self.variant.config))
+        return checkpoint_size(self.config, self.variant)
 
     @property
     def memory(self) -> cost.RankMemory:
@@ -287,6 +287,11 @@ def read_deepspeed(config: TrainConfig, topology: Topology) -> ds_config.Resolve
         precision=config.precision,
         on_gpu=torch.cuda.is_available(),
     )
+
+
+def checkpoint_size(config: TrainConfig, variant: Variant) -> int:
+    """Return the bytes of one checkpoint."""
+    return (16 if config.ema.decay else 12) * cost.parameters(model_shape(variant.config))
 
 
 def longest_video(data: StoredSamples | Mixture | SyntheticLatents, variant: Variant) -> int:

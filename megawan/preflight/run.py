@@ -16,8 +16,9 @@ import torch.distributed as torch_dist
 
 from megawan import cli, config, dist
 from megawan.metrics import software
+from megawan.models.variants import get_variant
 from megawan.parallel.topology import Topology
-from megawan.plan import Plan, run_folder
+from megawan.plan import Plan, checkpoint_size, run_folder
 from megawan.preflight import alone, links, together
 from megawan.preflight.table import Check, Checks, failed, merge, one_line
 
@@ -59,9 +60,15 @@ def parse(argv: Sequence[str], *, prog: str, description: str) -> PreflightConfi
 
 
 def examine(
-    options: PreflightConfig, place: dist.Environment, now: Callable[[], float] = time.time
+    options: PreflightConfig,
+    place: dist.Environment,
+    host: torch_dist.ProcessGroup | None = None,
+    now: Callable[[], float] = time.time,
 ) -> Report:
-    """Return all rows, the same on every rank; collective. `now`: this rank's clock, in seconds.
+    """Return all rows, the same on every rank; collective.
+
+    `host`: a group of dist.host_group, when the ranks have joined already. `now`: this rank's clock, in
+    seconds.
 
     Raises cli.RunFailed on ranks that the others were lost to, and cli.UserError for a --world_size under a
     launcher.
@@ -79,8 +86,9 @@ def examine(
         device = torch.device("cpu")
     try:
         # gloo carries what the ranks tell each other even where the GPUs' own links do not work.
-        dist.initialize(place, device, options.dist_timeout, backend="gloo")
-        host = dist.host_group(options.dist_timeout)
+        if host is None:
+            dist.initialize(place, device, options.dist_timeout, backend="gloo")
+            host = dist.host_group(options.dist_timeout)
     except (RuntimeError, ValueError) as error:
         if place.rank:
             raise cli.RunFailed(f"cannot join the others: {one_line(error)}") from None
@@ -129,10 +137,9 @@ def _together(
     host: torch_dist.ProcessGroup,
 ) -> list[Check]:
     hosts = dist.gather_texts(socket.gethostname(), host)
-    everywhere = dist.all_succeeded(plan is not None, host)
-    together.look_at_folder(
-        checks, Path(dist.share_text(str(run_folder(options)))), plan if everywhere else None
-    )
+    everywhere = plan if dist.all_succeeded(plan is not None, host) else None
+    path = Path(dist.share_text(str(run_folder(options))))
+    together.look_at_folder(checks, path, options, everywhere, _checkpoint_size(options))
     told = [json.loads(text) for text in dist.gather_texts(json.dumps(dist.slurm()), host)]
     places = together.places_of(dist.gather_texts(together.described(place), host))
     torch_dist.barrier(host)
@@ -155,6 +162,14 @@ def _together(
     except ValueError:  # the row of the layout says so; the world can be tried without it
         topology = Topology(world_size)
     return rows + links.try_links(topology, device, options.collective_timeout, host)
+
+
+def _checkpoint_size(options: config.TrainConfig) -> int:
+    """Return the bytes of one checkpoint, 0 for a model that is not known."""
+    try:
+        return checkpoint_size(options, get_variant(options.model.variant))
+    except ValueError:
+        return 0
 
 
 def leave_together(report: Report) -> NoReturn:

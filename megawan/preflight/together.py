@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megawan import checkpoint, dist
 from megawan.changes import changes, refused
+from megawan.config import TrainConfig
 from megawan.models.keys import expected_shapes
 from megawan.plan import Plan
 from megawan.preflight.table import Check, Checks
@@ -68,16 +69,15 @@ def _slurm_problem(
     return ""
 
 
-def look_at_folder(checks: Checks, path: Path, made: Plan | None) -> None:
-    """Add the rows of the checkpoint to go on from and of the run folder, which is left as it was."""
-    if made is None:
-        checks.skip("resume", "not tried: needs the rows above")
-        checks.skip("run folder", "not tried: needs the rows above")
-        return
-    options = made.config.checkpoint
+def look_at_folder(checks: Checks, path: Path, config: TrainConfig, made: Plan | None, size: int) -> None:
+    """Add the rows of the checkpoint to go on from and of the run folder, left as it was; collective.
+
+    `size`: bytes of one checkpoint. Without a plan a checkpoint is not compared with it.
+    """
+    root, options = path / "checkpoints", config.checkpoint
     checks.attempt(
         "resume",
-        lambda: resumed(path / "checkpoints", made),
+        lambda: resumed(root, config, made),
         str,
         "move a damaged step folder away; go back to the run's settings, or name the change in"
         " --checkpoint.allow_changes; or begin anew with another --output",
@@ -85,17 +85,13 @@ def look_at_folder(checks: Checks, path: Path, made: Plan | None) -> None:
 
     def tried() -> str:
         folder = RunFolder(path)
-        folder.claim(made.checkpoint_bytes, dist.job_id())
+        folder.claim(size, dist.job_id())
         try:
-            root = path / "checkpoints"
-            return require_space(
-                shutil.disk_usage(root).free,
-                made.checkpoint_bytes,
-                options.keep_last,
-                len(checkpoint.step_folders(root)),
-            )
+            there = len(checkpoint.step_folders(root))
+            return require_space(shutil.disk_usage(root).free, size, options.keep_last, there)
         finally:
             folder.release()
+            dist.all_succeeded(True)  # rank 0 takes away what it made before anybody looks again
 
     checks.attempt(
         "run folder",
@@ -106,10 +102,10 @@ def look_at_folder(checks: Checks, path: Path, made: Plan | None) -> None:
     )
 
 
-def resumed(root: Path, made: Plan) -> str:
+def resumed(root: Path, config: TrainConfig, made: Plan | None) -> str:
     """Return what the run goes on from, headers read only; collective. Raises ValueError when the newest
     checkpoint is damaged, of another model, or of another experiment."""
-    options = made.config.checkpoint
+    options = config.checkpoint
     chosen = checkpoint.choose(root, options.resume, contents=False)
     if chosen is None:
         return f"starts anew: no checkpoint under {root}"
@@ -118,13 +114,14 @@ def resumed(root: Path, made: Plan) -> str:
         newest = dist.share_text(str(checkpoint.step_folders(root)[0]) if dist.is_main() else "")
         checkpoint.verify(Path(newest), contents=False)
     saved = checkpoint.StepWeights(chosen)
+    if made is None:
+        return f"goes on from {chosen}, which is whole; not compared with this run: needs the rows above"
     saved.require(expected_shapes(made.variant.config), f"--model.variant {made.variant.name}")
     found = changes(saved.manifest, made.state(), had_ema=saved.has_ema)
     changed = "; ".join(f"{name} was {then}, is {now}" for name, (then, now) in found.items())
     if refused(found, options.allow_changes):
         raise ValueError(f"{chosen} is of another experiment: {changed}")
-    left = f"step {saved.step} of {made.steps}"
-    return f"goes on from {chosen}, {left}" + (f"; {changed}" if changed else "")
+    return f"goes on from {chosen}, step {saved.step} of {made.steps}" + (f"; {changed}" if changed else "")
 
 
 def require_space(free: int, one: int, keep_last: int, there: int) -> str:
