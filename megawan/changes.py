@@ -15,6 +15,8 @@ _SILENT = (
     "dist_timeout",
     "checkpoint",
     "metrics",
+    "validation",
+    "profile",
     "parallel",
 )
 

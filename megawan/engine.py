@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.cpp_extension import get_default_build_root
 
 from megawan.checkpoint import MOMENTS, Fragment, StepWeights
-from megawan.dist import say
+from megawan.dist import say, sum_over_ranks
 from megawan.ds_config import Resolved
 from megawan.models.layouts import TensorSource
 from megawan.optim import OptimOptions, build_optimizer, build_schedule, parameter_groups
@@ -281,6 +281,17 @@ def master_buffers(engine: deepspeed.DeepSpeedEngine) -> list[Tensor]:
     if stage:
         return list(engine.optimizer.single_partition_of_fp32_groups)
     return [parameter.detach() for parameter in engine.module.parameters()]
+
+
+def distance(engine: deepspeed.DeepSpeedEngine, before: Sequence[Tensor]) -> float:
+    """Return the L2 norm of what changed in the masters of all ranks since `before`, copies of
+    `master_buffers`; collective."""
+    squares = torch.zeros((), dtype=torch.float64)
+    for master, earlier in zip(master_buffers(engine), before, strict=True):
+        squares += (master - earlier).square().sum(dtype=torch.float64).cpu()
+    if engine.zero_optimization_stage():  # at stage 0 every rank holds all of them
+        squares = sum_over_ranks(squares)
+    return math.sqrt(float(squares))
 
 
 @dataclass(frozen=True)

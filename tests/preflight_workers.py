@@ -1,6 +1,7 @@
 """What each rank does in the preflight's tests: one mistake after the other in one group."""
 
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -64,7 +65,9 @@ def checkpoints(look: Callable[..., None], base: Path, other: bool) -> None:
         save(base / "run", step)
     look("goes on")
     look("another experiment", "--seed", "3", "--ema.decay", "0.9")
-    look("allowed", "--seed", "3", "--checkpoint.allow_changes", "seed")
+    look(
+        "allowed", "--seed", "3", "--checkpoint.allow_changes", "seed", "data"
+    )  # synthetic data has the seed
     look("another model", "--model.variant", "debug-i2v")
     held = RunFolder(base / "run")
     held.claim(0, "")
@@ -75,6 +78,9 @@ def checkpoints(look: Callable[..., None], base: Path, other: bool) -> None:
     if dist.is_main():
         file.write_bytes(file.read_bytes()[:-1])
     look("damaged", "--parallel.ulysses_degree", "5")
+    torch.distributed.barrier()
+    if dist.is_main():
+        shutil.rmtree(file.parent)
     if dist.is_main():
         (base / "file").touch()
     look("a file", "--output", str(base / "file"))
