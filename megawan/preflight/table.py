@@ -78,7 +78,11 @@ def _merge_one(rows: Sequence[Check], hosts: Sequence[str]) -> Check:
         row = rows[failed[0]]
         everywhere = len(failed) == len(rows)
         return dataclasses.replace(row, found=("" if everywhere else _who(failed, hosts) + ": ") + row.found)
-    others = [rank for rank, row in enumerate(rows) if (row.ok, row.alike) != (first.ok, first.alike)]
+    untried = [rank for rank, row in enumerate(rows) if row.ok is None]
+    if untried and len(untried) < len(rows):  # another row failed there, and says why
+        row = rows[untried[0]]
+        return dataclasses.replace(row, found=f"{_who(untried, hosts)}: {row.found}")
+    others = [rank for rank, row in enumerate(rows) if row.alike != first.alike]
     if others:
         theirs = rows[others[0]]
         return Check(
