@@ -43,7 +43,7 @@ class PreflightConfig(config.TrainConfig):
     """Print one JSON object instead of the table."""
     world_size: int | None = None
     """Judge flags, files, layout and memory for so many ranks from one process (a laptop); what needs the
-    ranks themselves is not tried."""
+    ranks themselves is not tried, and the run folder only where --output names it."""
     collective_timeout: float = 60.0
     """Seconds after which a collective is given up."""
 
@@ -138,8 +138,12 @@ def _together(
 ) -> list[Check]:
     hosts = dist.gather_texts(socket.gethostname(), host)
     everywhere = plan if dist.all_succeeded(plan is not None, host) else None
-    path = Path(dist.share_text(str(run_folder(options))))
-    together.look_at_folder(checks, path, options, everywhere, _checkpoint_size(options))
+    if options.world_size is not None and options.output is None:
+        for name in ("resume", "run folder"):
+            checks.skip(name, "no --output to look at")
+    else:
+        path = Path(dist.share_text(str(run_folder(options))))
+        together.look_at_folder(checks, path, options, everywhere, _checkpoint_size(options))
     told = [json.loads(text) for text in dist.gather_texts(json.dumps(dist.slurm()), host)]
     places = together.places_of(dist.gather_texts(together.described(place), host))
     torch_dist.barrier(host)
