@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from megawan import cli, plan
-from megawan.dist import Environment
+from megawan.dist import Environment, free_port
 from megawan.models.attention import PackageAttention
 from megawan.preflight import alone, together
 from megawan.preflight.run import parse
@@ -227,7 +227,7 @@ def test_every_mistake_fails_its_row_and_the_others_are_tried(seen: list[dict[st
         "sound": [],
         "layout": ["layout"],
         "deepspeed": ["deepspeed"],
-        "another seed": ["flags"] if both else [],
+        "another seed": ["flags", "data"] if both else [],
         "one without data": ["flags", "data"] if both else ["data"],
         "clocks": ["clocks"] if both else [],
         "slurm": [],
@@ -307,7 +307,7 @@ def test_bad_flags_are_one_line_and_exit_code_2() -> None:
 
 
 def test_two_ranks_end_with_one_table(tmp_path: Path) -> None:
-    launch = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", TOOL)
+    launch = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port(), TOOL)
     done = command(*launch, "--data.path", tmp_path / "no", cwd=tmp_path, env={"PATH": os.environ["PATH"]})
     assert done.code == 1
     assert done.out.count("preflight: ") == 1 and done.out.splitlines()[-1].endswith("1 FAILED: data")

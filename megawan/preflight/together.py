@@ -90,8 +90,9 @@ def look_at_folder(checks: Checks, path: Path, config: TrainConfig, made: Plan |
             there = len(checkpoint.step_folders(root))
             return require_space(shutil.disk_usage(root).free, size, options.keep_last, there)
         finally:
+            dist.all_succeeded(True)  # all have looked at what rank 0 takes away
             folder.release()
-            dist.all_succeeded(True)  # rank 0 takes away what it made before anybody looks again
+            dist.all_succeeded(True)  # it is gone before anybody looks again
 
     checks.attempt(
         "run folder",
