@@ -16,6 +16,7 @@ _SILENT = (
     "checkpoint",
     "metrics",
     "validation",
+    "sample",
     "profile",
     "parallel",
 )

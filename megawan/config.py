@@ -17,6 +17,7 @@ from megawan.encode_options import EncodeOptions
 from megawan.flow.loss import FlowOptions
 from megawan.metrics import MetricsOptions
 from megawan.optim import OptimOptions
+from megawan.previews import PreviewOptions
 from megawan.profiling import ProfileOptions
 from megawan.validation import ValidationOptions
 
@@ -173,6 +174,7 @@ class TrainConfig:
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     metrics: MetricsOptions = field(default_factory=MetricsOptions)
     validation: ValidationOptions = field(default_factory=ValidationOptions)
+    sample: PreviewOptions = field(default_factory=PreviewOptions)
     profile: ProfileOptions = field(default_factory=ProfileOptions)
 
 

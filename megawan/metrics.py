@@ -264,6 +264,19 @@ class RunLog:
             except OSError as error:
                 self._give_up(error)
 
+    def picture(self, step: int, tag: str, encoded: bytes, height: int, width: int) -> None:
+        """Show an encoded picture (PNG, or GIF for a video) on the page of images."""
+        if self._writer is not None:
+            from tensorboard.compat.proto.summary_pb2 import Summary
+
+            image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=encoded)
+            try:
+                self._writer._get_file_writer().add_summary(
+                    Summary(value=[Summary.Value(tag=tag, image=image)]), step
+                )
+            except OSError as error:
+                self._give_up(error)
+
     def scalars(self, step: int, scalars: dict[str, float]) -> None:
         """Write one point of these curves."""
         if self._writer is not None:

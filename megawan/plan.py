@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megawan import checkpoint, cost, ds_config, ema, filler, metrics, optim, profiling, validation
+from megawan import checkpoint, cost, ds_config, ema, filler, metrics, optim, previews, profiling, validation
 from megawan.cli import UserError
 from megawan.config import TrainConfig, to_dict
 from megawan.data.filling import FillingError, FillingStore
@@ -87,6 +87,11 @@ class Plan:
         """FLOPs of training on one video of each latent shape."""
         shape, patch = model_shape(self.variant.config), self.variant.config.patch_size
         return {each: float(cost.train_flops(shape, _tokens(each, patch))) for each in set(self.data.shapes)}
+
+    @property
+    def codec(self) -> str:
+        """The video codec that made the latents; synthetic ones decode as noise, by the weightless one."""
+        return "dct" if isinstance(self.data, SyntheticLatents) else str(self.data.settings["codec"])
 
     @property
     def offloads_optimizer(self) -> bool:
@@ -338,12 +343,22 @@ def put_together(
     recompute: str,
     weights: str | None,
 ) -> Plan:
-    """Return the plan of what was found. Raises ValueError for noise levels that are not the variant's."""
+    """Return the plan of what was found. Raises ValueError for noise levels, held-out samples or previews that
+    do not go with the variant."""
     clean_frames = 1 if variant.config.model_type == "ti2v" else 0
     flow, held_out = FlowMatching(expert_flow(config.flow, variant)), open_held_out(config, variant, data)
-    return Plan(
+    plan = Plan(
         config, variant, topology, data, flow, resolved, steps, clean_frames, recompute, weights, held_out
     )
+    previews.check(
+        config.sample,
+        codec=plan.codec,
+        channels=variant.latent_channels,
+        text_only=not (variant.condition_channels or variant.config.has_clip or clean_frames),
+        expert=variant.expert,
+        variant=variant.name,
+    )
+    return plan
 
 
 def open_start(config: TrainConfig, variant: Variant) -> OpenedWeights | InitialWeights:

@@ -7,6 +7,7 @@
 Reads top-down: parse, plan, join the group, take the run folder, build, fill, loop.
 """
 
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from tqdm import tqdm
 from megawan import checkpoint, cli, config, dist
 from megawan.agreement import StepAgreement, describe_samples
 from megawan.changes import changes, refused
+from megawan.data.batch import pad_text
 from megawan.data.mixture import Mixture
 from megawan.data.replacement import BadSamples
 from megawan.faults import broken
@@ -41,6 +43,7 @@ from megawan.metrics import (
     speed,
 )
 from megawan.plan import Plan, make_plan, open_start, require_inputs, run_folder
+from megawan.previews import Previews, chosen_codec, png, prompted_previews, stored_previews
 from megawan.profiling import StepProfiler
 from megawan.run_folder import USED, RunFolder
 from megawan.saving import Saver
@@ -166,10 +169,11 @@ def loop(trainer: "Trainer", start: int, folder: Path, warning: dist.PreemptionW
     peak = gpu_peak(options.metrics.peak_tflops, device)
     watch.at(start, "validation")
     validation = hold_out(trainer)
+    previews = choose_previews(trainer)
     if validation is not None and start == 0:
         log.scalars(0, validation.run(trainer.measure, device))
     batches, faults = trainer.batches(start), dist.faults()
-    logged, failed_saves = start, 0
+    logged, failed_saves, looked = start, 0, False
     times.read()
     for step in range(start + 1, plan.steps + 1):
         watch.at(step, "data")
@@ -179,7 +183,8 @@ def loop(trainer: "Trainer", start: int, folder: Path, warning: dist.PreemptionW
         watch.at(step, "agreement", samples)
         with times.host("agreement"):
             request = agreement.ask(samples)
-        stragglers.add(request.last_rank, request.late_s)
+        if not looked:  # else rank 0 has decoded videos meanwhile
+            stragglers.add(request.last_rank, request.late_s)
         last = request.quit or step == plan.steps
         logs = last or step % options.metrics.log_every == 0
         watch.at(step, "forward and backward", samples)
@@ -221,6 +226,17 @@ def loop(trainer: "Trainer", start: int, folder: Path, warning: dist.PreemptionW
             watch.at(step, "validation")
             with times.host("validation"):
                 log.scalars(step, validation.run(trainer.measure, device))
+                if trainer.average is not None:
+                    with trainer.averaged():
+                        averaged = validation.run(trainer.measure, device)
+                    log.scalars(
+                        step, {tag.replace("eval/", "eval_ema/", 1): each for tag, each in averaged.items()}
+                    )
+        looked = previews is not None and (last or step % options.sample.every == 0)
+        if looked and previews is not None:
+            watch.at(step, "samples")
+            with times.host("samples"):
+                show(trainer, previews, log, step, folder)
         due = options.checkpoint.save_every and step % options.checkpoint.save_every == 0
         if last or due or request.reason:
             watch.at(step, "save", samples)
@@ -270,6 +286,61 @@ def hold_out(trainer: "Trainer") -> Validation | None:
         raise cli.UserError(f"--validation.path: {error}") from None
     dist.say(validation.describe())
     return validation
+
+
+def choose_previews(trainer: "Trainer") -> Previews | None:
+    """Return the videos that a run samples on the way, None for none. Raises cli.UserError where a stored
+    sample cannot be read, cli.RunFailed where the text encoder cannot."""
+    plan, options = trainer.plan, trainer.plan.config.sample
+    if not options.every:
+        return None
+    wan, store = plan.variant.config, plan.held_out or plan.data
+    try:
+        if options.prompts:
+            longest = max(plan.data.shapes, key=math.prod)
+            starts, empty = prompted_previews(options, tuple(longest), wan.text_len, wan.text_dim)
+        else:
+            starts = stored_previews(store, options, wan.text_len)
+            empty = pad_text(store.empty_text, wan.text_len)
+    except ValueError as error:
+        raise cli.UserError(f"--sample.*: {error}") from None
+    except RuntimeError as error:
+        raise cli.RunFailed(str(error)) from None
+    dist.say(f"samples: {len(starts)} videos every {options.every} steps, the end included")
+    return Previews(
+        options,
+        starts,
+        empty,
+        shift=plan.config.flow.shift,
+        codec=chosen_codec(options, plan.codec),
+        clean_frames=plan.clean_frames,
+        dp_rank=trainer.dp_rank,
+        dp_size=plan.topology.dp_size,
+        cp_size=plan.topology.cp_size,
+    )
+
+
+def show(trainer: "Trainer", previews: Previews, log: RunLog, step: int, folder: Path) -> None:
+    """Sample the videos with the weights, and the moving average where there is one, and show them;
+    collective. What cannot be decoded or written is said, and the training goes on."""
+    latents = {"samples": previews.sample(trainer.velocity, trainer.device)}
+    if trainer.average is not None:
+        with trainer.averaged():
+            latents["samples_ema"] = previews.sample(trainer.velocity, trainer.device)
+    if not dist.is_main():
+        return
+    try:
+        stored = previews.stored()
+        columns = {} if stored is None else {"stored": previews.decode(stored, trainer.device)}
+        columns |= {title: previews.decode(some, trainer.device) for title, some in latents.items()}
+        sheet = previews.write(folder / "samples" / f"step_{step:07d}", columns)
+        log.picture(step, "samples/contact_sheet", png(sheet), sheet.height, sheet.width)
+        for title, videos in columns.items():
+            for number, frames in enumerate(videos):
+                height, width = frames.shape[1:3]
+                log.picture(step, f"{title}/{number:02d}", previews.animation(frames), height, width)
+    except (ValueError, OSError, RuntimeError) as error:  # of the last, one is a GPU without memory
+        dist.say(f"warning: no samples of step {step}: {str(error).partition(chr(10))[0]}")
 
 
 def dataset_names(plan: Plan) -> list[str]:

@@ -4,6 +4,7 @@ Which steps there are, when one is saved and what is said about it is megawan/tr
 what tools/replay_step.py takes.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,9 +24,10 @@ from megawan.ema import ShardedEma
 from megawan.flow.loss import FlowLoss, FlowSample, flow_loss
 from megawan.metrics import LossMeter
 from megawan.models.layouts import TensorSource
-from megawan.models.wan import LEAF_MODULES, WanModel, patchify, token_grid
+from megawan.models.wan import LEAF_MODULES, WanModel, patchify, token_grid, unpatchify
 from megawan.parallel.context import ContextParallel
 from megawan.plan import Plan
+from megawan.previews import Preview
 from megawan.step_times import StepTimes
 
 
@@ -226,6 +228,27 @@ class Trainer:
         """Return the unweighted mse [B] of this rank's tokens times cp_size; nothing of the training
         changes."""
         return self._compare(batch, sample)[0].per_sample
+
+    @torch.no_grad()
+    def velocity(self, preview: Preview, x_t: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        """Return the whole velocity [1, C, T, H, W] on every rank of the context-parallel group."""
+        tokens = self.engine(
+            x_t,
+            timestep,
+            text,
+            context=self.context,
+            clean_frames=self.plan.clean_frames,
+            clip=preview.clip,
+            condition=preview.condition,
+        )
+        patch = self.plan.variant.config.patch_size
+        grid = token_grid(tuple(x_t.shape[1:]), patch)
+        return unpatchify(self.context.gather(tokens, math.prod(grid)), grid, patch)
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Return a block inside which the model has the moving average's weights; collective."""
+        assert self.average is not None
+        return engines.other_weights(self.engine, self.average.buffers)
 
     def _bounded(self, loss: Tensor, mse: Tensor) -> Tensor:
         """Return the loss, not a number when a video's is above --optim.max_loss: the gradient norm of the

@@ -122,7 +122,7 @@ def _judge(
         "inputs",
         lambda: _with_inputs(put_together("full" if asked == plan.AUTO else asked)),
         lambda found: f"{found.steps} steps of {found.global_batch} videos; {found.flow.describe()}",
-        "correct --optim.*, --flow.*, --validation.*, --model.recompute, or encode what the variant takes",
+        "correct --optim.*, --flow.*, --validation.*, --sample.*, or encode what the variant takes",
     )
     if made is None:
         checks.skip("memory", "not tried: needs the inputs")
