@@ -343,8 +343,8 @@ def put_together(
     recompute: str,
     weights: str | None,
 ) -> Plan:
-    """Return the plan of what was found. Raises ValueError for noise levels, held-out samples or previews that
-    do not go with the variant."""
+    """Return the plan of what was found. Raises ValueError for noise levels, held-out samples or previews
+    that do not go with the variant."""
     clean_frames = 1 if variant.config.model_type == "ti2v" else 0
     flow, held_out = FlowMatching(expert_flow(config.flow, variant)), open_held_out(config, variant, data)
     plan = Plan(
