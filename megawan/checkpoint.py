@@ -50,7 +50,8 @@ class CheckpointOptions:
     """Checkpoints of steps that this divides stay for good; 0 keeps none beyond keep_last."""
     resume: str = "auto"
     """auto: continue from the newest sound checkpoint of --output, else start; must: fail if there is none;
-    none: start, and refuse a folder that has checkpoints; or the path of one step folder."""
+    none: start, and refuse a folder that has checkpoints; or the path of a step folder, or of a run folder,
+    whose newest sound checkpoint is taken."""
     allow_changes: tuple[str, ...] = ()
     """What may differ from the run that wrote the checkpoint, of: data, global_batch, seed, flow, ema."""
 
@@ -104,22 +105,43 @@ def choose(root: Path, resume: str, contents: bool = True) -> Path | None:
             )
         return None
     if resume not in ("auto", "must"):
-        chosen = Path(resume)
-        verify(chosen, contents)
+        chosen = _at(Path(resume), contents)
         if folders and chosen.resolve() in [folder.resolve() for folder in folders[1:]]:
             dist.say(f"resume: --resume auto would take the newer {folders[0]}; move it away to leave it")
         return chosen
+    if folders:
+        return _newest_sound(root, folders, contents)
+    if resume == "must":
+        raise ValueError(f"--resume must: no checkpoint under {root}")
+    return None
+
+
+def _at(path: Path, contents: bool) -> Path:
+    """Return the step folder that a person names by itself or by its run folder, verified."""
+    inside = _shared_step_folders(path / "checkpoints") or _shared_step_folders(path)
+    if inside:
+        return _newest_sound(path, inside, contents)
+    problem = "" if path.is_dir() else "no such folder"
+    if not problem and not _STEP_FOLDER.fullmatch(path.name) and not (path / "manifest.json").exists():
+        problem = "no checkpoint of a run; weights to start from are for --model.init_from"
+    if not (dist.all_succeeded(not problem) if torch_dist.is_initialized() else not problem):
+        problem = problem or "another rank sees no checkpoint there"
+        raise ValueError(
+            f"--resume {path}: {problem}; legal: auto, must, none, a step folder or a run folder"
+        )
+    verify(path, contents)
+    return path
+
+
+def _newest_sound(root: Path, folders: Sequence[Path], contents: bool) -> Path:
+    """Return the first of these folders that verifies; raises ValueError when none does."""
     for folder in folders:
         try:
             verify(folder, contents)
             return folder
         except DamagedCheckpoint as error:
             dist.say(f"resume: skipped {error}")
-    if folders:
-        raise ValueError(f"every checkpoint under {root} is damaged; move them away to start anew")
-    if resume == "must":
-        raise ValueError(f"--resume must: no checkpoint under {root}")
-    return None
+    raise ValueError(f"every checkpoint under {root} is damaged; move them away to start anew")
 
 
 def verify(folder: Path, contents: bool = True) -> dict[str, Any]:

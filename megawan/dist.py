@@ -107,8 +107,8 @@ class Fault:
 
     Kinds: a signal's name (SIGKILL, SIGSTOP, ...), raise, slow, hang, exit; at the moment "step" (the
     default) also nan, spike and samples, which the loop itself brings about. Moments: step, write (of this
-    rank's checkpoint file), commit (rank 0, before the step folder gets its name), and at step 0 collective
-    (of the preflight; there also nan). Restarted runs have none.
+    rank's checkpoint file), commit (rank 0, before the step folder gets its name), and of step 0 health
+    (before the health check) and collective (of the preflight; there also nan). Restarted runs have none.
     """
 
     step: int
@@ -196,10 +196,13 @@ def initialize(
     # torchrun's store outlives a restart (torch 2.13): without a prefix the new ranks would find the dead
     # ones' addresses in it.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    backend = backend or backend_of(device)
+    store = torch_dist.PrefixStore(f"attempt_{attempt}", store)
+    if backend is None:
+        require_one_kind(store, rank, device, socket.gethostname())
+        backend = backend_of(device)
     torch_dist.init_process_group(
         backend,
-        store=torch_dist.PrefixStore(f"attempt_{attempt}", store),
+        store=store,
         rank=rank,
         world_size=world_size,
         timeout=timeout,
@@ -210,6 +213,21 @@ def initialize(
 def backend_of(device: torch.device) -> str:
     """Return the backend of process groups for tensors of a device."""
     return "nccl" if device.type == "cuda" else "gloo"
+
+
+def require_one_kind(store: torch_dist.Store, rank: int, device: torch.device, host: str) -> None:
+    """Raise ValueError where this rank computes on another kind of device than rank 0.
+
+    A machine whose driver is broken shows no GPU, and its ranks would wait on gloo for others that are on
+    NCCL.
+    """
+    if rank == 0:
+        store.set("device", f"{device.type} on {host}")
+    first = store.get("device").decode()
+    if first.partition(" ")[0] != device.type:
+        raise ValueError(
+            f"rank {rank} computes on {device.type} on {host}, rank 0 on {first}: one of the two sees no GPU"
+        )
 
 
 def shutdown() -> None:
@@ -321,7 +339,7 @@ def gather_texts(text: str, group: torch_dist.ProcessGroup | None = None) -> lis
 
 def require_agreement(what: str, text: str) -> None:
     """Raise RuntimeError on every rank when `text` differs between ranks, naming the ranks that differ from
-    rank 0.
+    rank 0; each of them says which lines of its text do.
 
     One all-gather of 8 bytes a rank: cheap enough for every step, and it turns a later hang into a message.
     """
@@ -334,9 +352,20 @@ def require_agreement(what: str, text: str) -> None:
     values = [int(value) for value in every]
     strangers = [rank for rank, value in enumerate(values) if value != values[0]]
     if strangers:
-        raise RuntimeError(
-            f"ranks {strangers} disagree with rank 0 about the {what}; this rank has: {text[:500]}"
-        )
+        mine_only, theirs_only = _different_lines(text, share_text(text))
+        here = f"this rank has: {mine_only[:500]}; rank 0 has: {theirs_only[:500]}"
+        if is_main() or not (mine_only or theirs_only):
+            here = "what they have stands in their own messages"
+        raise RuntimeError(f"ranks {strangers} disagree with rank 0 about the {what}; {here}")
+
+
+def _different_lines(mine: str, theirs: str) -> tuple[str, str]:
+    """Return the lines of each text that the other has not, joined by commas."""
+    lines, others = mine.splitlines(), theirs.splitlines()
+    return (
+        ", ".join(line for line in lines if line not in others),
+        ", ".join(line for line in others if line not in lines),
+    )
 
 
 class PreemptionWarning:

@@ -62,10 +62,15 @@ class Health:
         )
 
 
-def examine(device: torch.device, group: torch_dist.ProcessGroup | None = None) -> Health:
+def examine(
+    device: torch.device,
+    together: Callable[[], None] = lambda: None,
+    group: torch_dist.ProcessGroup | None = None,
+) -> Health:
     """Measure this world, collective: a second on GPUs, less on CPUs. Waits end with the group's time-out.
 
-    `group`: all ranks, for tensors of `device`, when the default group is of another kind.
+    `together` is called before the first exchange with other ranks, after what each does alone. `group`: all
+    ranks, for tensors of `device`, when the default group is of another kind.
     """
     on_gpu = device.type == "cuda"
     size, elements = (8192, 2**24) if on_gpu else (256, 2**18)
@@ -89,6 +94,7 @@ def examine(device: torch.device, group: torch_dist.ProcessGroup | None = None) 
             work.wait()
         return received
 
+    together()
     neighbour = matmul
     if world > 1:
         got, neighbour = _timed(exchange, device)

@@ -43,10 +43,18 @@ read_arguments() {
     done
 }
 
+# required NAME MEANING: fails where the variable is empty; a dry run goes on with a stand-in and says so.
+required() {
+    [[ -z "${!1:-}" ]] || return 0
+    [[ "$dry_run" == 1 ]] || fail "set $1 to $2"
+    printf '%s: note: set %s to %s\n' "$name" "$1" "$2" >&2
+    printf -v "$1" '%s' "/path/of/$1"
+}
+
 # read_paths: `data` = the flag for MEGAWAN_DATA; `init` and `output` = the paths.
 read_paths() {
-    [[ -n "${MEGAWAN_DATA:-}" ]] || fail 'set MEGAWAN_DATA to a latent store (tools/encode_dataset.py), or to synthetic'
-    [[ -n "${MEGAWAN_INIT:-}" ]] || fail 'set MEGAWAN_INIT to the weights to start from, or to random'
+    required MEGAWAN_DATA 'a latent store (tools/encode_dataset.py), or to synthetic'
+    required MEGAWAN_INIT 'the weights to start from, or to random'
     init="$MEGAWAN_INIT"
     output="${MEGAWAN_OUTPUT:-$root/runs/$name}"
     data=()
@@ -100,7 +108,8 @@ start_world() {
     [[ -n "${MEGAWAN_CONTAINER:-}" ]] || command -v "$python" >/dev/null || fail "no $python; run bash launchers/setup.sh"
     # exec: the signals of `warned` are for srun.
     (
-        PATH="$(dirname "$python"):$PATH"
+        # The working directory is not to stand in PATH.
+        [[ "$python" != */* ]] || PATH="$(dirname "$python"):$PATH"
         [[ -z "${before[*]}" ]] || "${before[@]}" || exit "$?"
         exec "$@"
     ) </dev/null &

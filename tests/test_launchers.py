@@ -163,6 +163,24 @@ def test_dry_run_needs_no_cluster(name: str, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("name", "variables"),
+    [
+        *((name, ("MEGAWAN_DATA", "MEGAWAN_INIT")) for name in TRAIN_SCRIPTS),
+        ("encode_dataset", ("MEGAWAN_VIDEOS", "MEGAWAN_DATA")),
+    ],
+)
+def test_dry_run_without_any_setting_says_what_is_to_be_set(
+    name: str, variables: tuple[str, ...], tmp_path: Path
+) -> None:
+    done = run(["bash", str(ROOT / f"slurm/{name}.sh"), "--dry-run"], {"PATH": os.environ["PATH"]}, tmp_path)
+    assert done.returncode == 0 and not list(tmp_path.iterdir())
+    notes = done.stderr.splitlines()
+    assert [note.split(": note: set ")[1].split()[0] for note in notes] == list(variables)
+    for line in done.stdout.splitlines():
+        assert line.startswith("srun ") and {f"/path/of/{variables[0]}"} <= set(shlex.split(line))
+
+
 @pytest.mark.parametrize("name", TRAIN_SCRIPTS)
 def test_dry_run_inside_a_job_starts_nothing(name: str, cluster: Cluster) -> None:
     done = cluster.run(name, MEGAWAN_DRY_RUN="1")
@@ -272,6 +290,13 @@ def test_both_experts_share_the_allocation(cluster: Cluster) -> None:
         assert flag(words, "--output") == str(cluster.root / "runs/my run" / expert)
 
 
+def test_both_experts_of_a_tiny_model_try_the_script(cluster: Cluster) -> None:
+    cluster.run("train_a14b", MEGAWAN_TASK="debug")
+    variants = [flag(words, "--model.variant") for words in cluster.calls("srun")]
+    assert sorted(variants) == ["debug-A14B-high", "debug-A14B-low"]
+    assert not [words for words in cluster.calls("srun") if "--flow.expert" in words]
+
+
 def test_the_allocation_is_halved_by_default(cluster: Cluster) -> None:
     cluster.run("train_a14b")
     assert sorted(flag(words, "--nodelist") for words in cluster.calls("srun")) == ["gpu1,gpu2", "gpu3,gpu4"]
@@ -293,6 +318,17 @@ def test_container(cluster: Cluster) -> None:
         f"{cluster.root}:{cluster.root},{output}:{output},{data}:{data},/scratch:/scratch"
     )
     assert words[words.index("torch.distributed.run") - 2] == "python3"
+
+
+@pytest.mark.parametrize(("python", "first"), [("/opt/my env/python", "/opt/my env"), ("python3", None)])
+def test_the_interpreters_folder_comes_first_on_path(
+    python: str, first: str | None, cluster: Cluster
+) -> None:
+    stub(cluster.home / "python3", "true")
+    cluster.run(
+        "train_14b", MEGAWAN_PYTHON=python, MEGAWAN_CONTAINER="image", STUB_SRUN='echo "$PATH" >"$HOME/path"'
+    )
+    assert (cluster.home / "path").read_text().split(":")[0] == (first or f"{cluster.home}/bin")
 
 
 @pytest.mark.parametrize(

@@ -267,7 +267,7 @@ OF_RING = (
 
 def _examine(world: Sequence[Sequence[int]], device: torch.device, place: Place) -> Outcome:
     group, place.at = _own(world, device), "in messages or an all-reduce"
-    found = health.examine(device, group)
+    found = health.examine(device, group=group)
     slow = "".join(f"; slow: {warning}" for warning in found.warnings())
     said = found.describe().removeprefix("health: ")
     return Outcome("; ".join(found.problems()), {}, {}, said + slow)

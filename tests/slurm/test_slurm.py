@@ -153,13 +153,22 @@ def test_an_array_encodes_shares_that_merge_without_copying(slurm: Slurm, checko
 
 
 def test_both_experts_train_in_one_job(slurm: Slurm, checkout: Path) -> None:
-    flags = (*DEBUG, "--parallel.ulysses_degree", "1", "--steps", "3")
-    job = submit(slurm, checkout, "train_a14b", *flags, options=("--nodes=2",), output="both experts")
+    flags = (*DEBUG[2:], "--parallel.ulysses_degree", "1", "--steps", "3")
+    two = ("--nodes=2",)
+    job = submit(
+        slurm, checkout, "train_a14b", *flags, options=two, output="both experts", MEGAWAN_TASK="debug"
+    )
     slurm.wait(job, timeout=180)
     said = printed(slurm, checkout, job)
     assert said.count("finished 3 steps") == 2
     for expert in ("high", "low"):
         assert StepWeights(checkout / f"both experts/{expert}/checkpoints/step_0000003").step == 3
+    assert "sigma 0.875300..1" in said and "sigma 0.004980..0.874850" in said
+    folders = {"native": "low_noise_model", "diffusers": "transformer_2"}
+    for layout, low in folders.items():
+        words = ("--input", "both experts", "--output", f"one model {layout}", "--layout", layout)
+        made = command(ROOT / "tools/export_checkpoint.py", *words, cwd=checkout)
+        assert made.code == 0 and (checkout / f"one model {layout}" / low).is_dir(), made.err
 
 
 def test_a_job_that_cannot_train_fails_with_one_line(slurm: Slurm, checkout: Path) -> None:
