@@ -240,7 +240,7 @@ def test_every_world_is_looked_at_first_with_the_same_words(name: str, worlds: i
     trains = [words for words in calls if str(cluster.root / "megawan/train.py") in words]
     assert len(looks) == len(trains) == worlds
     for look, train in zip(
-        *(sorted(many, key=lambda words: words[4]) for many in (looks, trains)), strict=True
+        *(sorted(many, key=lambda words: words[3]) for many in (looks, trains)), strict=True
     ):
         assert calls.index(look) < calls.index(train)
         tool = look.index(str(cluster.root / "tools/preflight.py"))

@@ -106,7 +106,6 @@ def test_a_job_whose_store_is_missing_ends_with_the_table(slurm: Slurm, checkout
     said = printed(slurm, checkout, job)
     assert "✗ data            " in said and "not a finished latent store" in said and "mend: encode" in said
     assert "1 FAILED: data" in said and "layout: 2 ranks" not in said
-    assert "ExitCode=1:0" in slurm.run("scontrol", "show", "job", job)
     assert not list((checkout / "never trained").iterdir())
 
 
