@@ -1,10 +1,10 @@
-"""Sample videos from captions, and images where the variant takes them, with any Wan; mp4 files and one contact
+"""Sample videos from captions, and from images where the variant takes them, into mp4 files and one contact
 sheet.
 
     python tools/sample.py --weights Wan2.1-T2V-1.3B --vae Wan2.1_VAE.pth --text_encoder umt5.pth \\
         --prompts "a red fox in snow" --output samples
-    python tools/sample.py --weights runs/high --low_weights runs/low --image first.png ...   # A14B, I2V
-    torchrun --nproc_per_node 8 tools/sample.py --ulysses_degree 8 ...                        # one video, 8 GPUs
+    python tools/sample.py --weights runs/high --low_weights runs/low --image first.png ...   # I2V-A14B
+    torchrun --nproc_per_node 8 tools/sample.py --ulysses_degree 8 ...                 # one video, 8 GPUs
 
 Steps, shift, guidance and size are the authors' settings for the variant unless given.
 """

@@ -107,7 +107,7 @@ class WanConfig:
 
 @dataclass(frozen=True)
 class Sampling:
-    """What the model's authors sample with: solver steps, shift, guidance, frame rate, clip size and solver."""
+    """What the model's authors sample with: solver and steps, shift, guidance, frame rate and clip size."""
 
     steps: int = 50
     shift: float = 5.0
