@@ -104,6 +104,7 @@ def cluster(tmp_path: Path) -> Cluster:
         "SLURM_SUBMIT_DIR": str(root),
         "MEGAWAN_DATA": f"/data/{AWKWARD}",
         "MEGAWAN_INIT": "/weights/Wan 14B",
+        "MEGAWAN_PREFLIGHT": "0",
     }
     return Cluster(home, root, env)
 
@@ -151,7 +152,7 @@ def test_what_sbatch_is_told(name: str) -> None:
 
 @pytest.mark.parametrize("name", TRAIN_SCRIPTS)
 def test_dry_run_needs_no_cluster(name: str, tmp_path: Path) -> None:
-    env = {"PATH": os.environ["PATH"], "MEGAWAN_DATA": "/d", "MEGAWAN_INIT": "/w"}
+    env = {"PATH": os.environ["PATH"], "MEGAWAN_DATA": "/d", "MEGAWAN_INIT": "/w", "MEGAWAN_PREFLIGHT": "0"}
     done = run(["bash", str(ROOT / f"slurm/{name}.sh"), "--dry-run", "--steps", "7"], env, tmp_path)
     assert done.returncode == 0, done.stderr
     commands = [shlex.split(line) for line in done.stdout.splitlines()]
@@ -226,6 +227,50 @@ def test_synthetic_data_and_random_weights_are_asked_for_by_name(cluster: Cluste
     (words,) = cluster.calls("srun")
     assert "--data.path" not in words and "--model.init_from" not in words
     assert flag(words, "--nproc_per_node") == "2"
+
+
+@pytest.mark.parametrize(("name", "worlds"), [("train_14b", 1), ("train_a14b", 2)])
+def test_every_world_is_looked_at_first_with_the_same_words(name: str, worlds: int, cluster: Cluster) -> None:
+    dry = cluster.run(name, "--dry-run", "--steps", "7", MEGAWAN_PREFLIGHT="1")
+    assert len(dry.stdout.splitlines()) == 2 * worlds and not cluster.calls("srun")
+    done = cluster.run(name, "--steps", "7", MEGAWAN_PREFLIGHT="1")
+    assert done.returncode == 0 and done.stdout == dry.stdout
+    calls = cluster.calls("srun")
+    looks = [words for words in calls if str(cluster.root / "tools/preflight.py") in words]
+    trains = [words for words in calls if str(cluster.root / "megawan/train.py") in words]
+    assert len(looks) == len(trains) == worlds
+    for look, train in zip(
+        *(sorted(many, key=lambda words: words[3]) for many in (looks, trains)), strict=True
+    ):
+        assert calls.index(look) < calls.index(train)
+        tool = look.index(str(cluster.root / "tools/preflight.py"))
+        assert [word for word in train_flags(train) if word != "--health_check"] == look[tool + 1 :]
+        ours = [word for word in look[:tool] if not word.startswith("--rdzv_id")]
+        assert ours == [word for word in train[:tool] if not word.startswith("--rdzv_id")]
+        assert flag(look, "--rdzv_id") == flag(train, "--rdzv_id") + "-preflight"
+
+
+def test_a_failed_preflight_fails_the_job_without_training(cluster: Cluster) -> None:
+    fails = '[[ "$*" != *preflight.py* ]] || exit 7'
+    assert cluster.run("train_14b", MEGAWAN_PREFLIGHT="1", STUB_SRUN=fails).returncode == 7
+    assert not [words for words in cluster.calls("srun") if any(word.endswith("train.py") for word in words)]
+    assert not requeues(cluster)
+
+
+def test_a_warning_during_the_preflight_requeues_the_job(cluster: Cluster) -> None:
+    slow = '[[ "$*" != *preflight.py* ]] || { touch "$HOME/ready"; sleep 3; }'
+    job = cluster.start("train_14b", MEGAWAN_PREFLIGHT="1", STUB_SRUN=slow)
+    wait_for((cluster.home / "ready").exists)
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(20) == 0
+    assert requeues(cluster) == [["requeue", "123457"]]
+
+
+def test_a_requeued_job_is_not_looked_at_again_unless_asked(cluster: Cluster) -> None:
+    for asked, looks in (("1", 0), ("always", 1)):
+        cluster.run("train_14b", MEGAWAN_PREFLIGHT=asked, SLURM_RESTART_COUNT="1")
+        calls = [word for words in cluster.calls("srun") for word in words]
+        assert sum(word.endswith("preflight.py") for word in calls) == looks
 
 
 def test_both_experts_share_the_allocation(cluster: Cluster) -> None:
@@ -461,6 +506,29 @@ def test_train_on_one_machine(has_gpu: bool, env: dict[str, str], ranks: list[st
         "--steps",
         "3",
     ]
+
+
+@pytest.mark.parametrize("script", ["train.sh", "train_multinode.sh"])
+def test_a_launcher_looks_first_when_asked(script: str, tmp_path: Path) -> None:
+    root = tmp_path / "checkout"
+    shutil.copytree(ROOT / "launchers", root / "launchers")
+    (tmp_path / "hosts").write_text("node1 slots=8\n")
+    env = {
+        **launcher_env(tmp_path, has_gpu=True),
+        "HOSTFILE": str(tmp_path / "hosts"),
+        "MEGAWAN_PREFLIGHT": "1",
+    }
+    write = (
+        'printf \'%s\\n\' "$*" >>"$HOME/lines"; [[ "$*" != *preflight.py* ]] || exit "${STUB_PREFLIGHT:-0}"'
+    )
+    stub(tmp_path / "bin/python3", f'[[ "$1" != -c ]] || exit 0\n{write}')
+    command = ["bash", str(root / f"launchers/{script}"), "--steps", "3"]
+    assert run(command, env, tmp_path).returncode == 0
+    look, train = (tmp_path / "lines").read_text().splitlines()
+    assert look.replace("tools/preflight.py", "megawan/train.py") == train != look
+    (tmp_path / "lines").unlink()
+    assert run(command, {**env, "STUB_PREFLIGHT": "1"}, tmp_path).returncode == 1
+    assert len((tmp_path / "lines").read_text().splitlines()) == 1
 
 
 def test_train_without_setup_says_so(tmp_path: Path) -> None:
