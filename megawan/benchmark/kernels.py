@@ -10,8 +10,9 @@ from megawan import cost
 from megawan.benchmark.report import Table
 from megawan.benchmark.timing import Spread, interleaved, paired_ratio
 from megawan.models.attention import BACKENDS, select_attention
-from megawan.models.precision import RMSNorm, gated_add, modulated_norm
-from megawan.models.rope import RopeTables, rotate
+from megawan.models.heads import RMSNorm
+from megawan.models.precision import gated_add, modulated_norm
+from megawan.models.rope import RopeTables
 
 EPS = 1e-6
 # (tokens, heads) of 128: 1.3B on one GPU, a rank of 14B at cp 8, both at 480p; 14B at 720p.
@@ -88,7 +89,7 @@ def elementwise(device: torch.device, dtype: torch.dtype, repetitions: int, warm
         wide = torch.randn(1, tokens, 4 * dim, device=device, dtype=dtype, requires_grad=True)
 
         def normed(a: Tensor) -> Tensor:
-            return rotate(norm(a).unflatten(-1, (-1, 128)), *rope)  # noqa: B023
+            return norm(a, a.shape[-1] // 128, rope)  # noqa: B023
 
         def formula_norm(a: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
             out = torch.layer_norm(a.float(), (dim,), eps=EPS) * (1 + scale) + shift  # noqa: B023
@@ -102,7 +103,7 @@ def elementwise(device: torch.device, dtype: torch.dtype, repetitions: int, warm
 
         ops: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[Tensor, ...]]] = {
             "norm + modulate": (
-                lambda a, s, t: modulated_norm(a, s, t, EPS, 0).to(a.dtype),
+                lambda a, s, t: modulated_norm(a, s, t, EPS, 0, a.dtype),
                 formula_norm,
                 (x, row, other),
             ),

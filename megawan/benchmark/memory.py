@@ -14,6 +14,7 @@ from megawan.models.recompute import Slot
 def saved_bytes(model: nn.Module, loss: Callable[[], Tensor]) -> int:
     """Return the bytes of the unique storages that are kept between the forward and the backward pass of
     `loss`: autograd's saved tensors and our policies' slots. Parameters are not counted."""
+    gc.collect()  # what an earlier graph kept would be counted too
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     alive: list[Tensor] = []  # a freed storage's address would be counted once for two
 
