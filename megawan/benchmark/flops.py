@@ -23,9 +23,33 @@ def counted_flops(step: Callable[[], object]) -> int:
     return int(counter.get_total_flops())
 
 
-def _forward(q: Any, k: Any, v: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+# The operators' own arguments, of which the counter gives shapes.
+def _forward(
+    q: Any,
+    k: Any,
+    v: Any,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    attn_mask: Any = None,
+    scale: Any = None,
+    out_shape: Any = None,
+) -> int:
     return int(sdpa_flop_count(q, k, v))
 
 
-def _backward(dout: Any, q: Any, k: Any, v: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+def _backward(
+    dout: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    logsumexp: Any,
+    dropout_p: float,
+    is_causal: bool,
+    *,
+    attn_mask: Any = None,
+    scale: Any = None,
+    out_shape: Any = None,
+) -> int:
     return int(sdpa_backward_flop_count(dout, q, k, v))

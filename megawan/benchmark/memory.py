@@ -19,8 +19,8 @@ def saved_bytes(model: nn.Module, loss: Callable[[], Tensor]) -> int:
     alive: list[Tensor] = []  # a freed storage's address would be counted once for two
 
     def note(tensor: Tensor) -> Tensor:
-        alive.append(tensor)
-        return tensor
+        alive.append(tensor.detach())
+        return alive[-1]  # with its history it would keep the graph that keeps it
 
     with saved_tensors_hooks(note, lambda tensor: tensor):
         result = loss()

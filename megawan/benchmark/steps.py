@@ -1,6 +1,8 @@
 """Our training step beside others', at the same sizes, weights, dtype and recompute policy."""
 
+import gc
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,7 +44,18 @@ def measure(
     """Return the table of one problem in one dtype."""
     source = source_model(problem, device, dtype)
     inputs = make_inputs(problem, device, dtype)
-    arms = [build_arms.build(kind, source, problem, inputs, optimizer) for kind in wanted]
+    what = "forward, loss, backward" + (", AdamW" if optimizer else "")
+    short = str(dtype).removeprefix("torch.")
+    table = Table(
+        f"Step, {problem.name}, {short}", note=f"{problem.describe()}; {what}; median of {repetitions}."
+    )
+    arms = []
+    for kind in wanted:
+        arm = build_arms.build(kind, source, problem, inputs, optimizer)
+        if _fits(arm):
+            arms.append(arm)
+        else:
+            table.rows.append({"step": kind.label, "s": "out of memory"})
     seconds = interleaved(
         {arm.kind.label: arm.step for arm in arms},
         repetitions=repetitions,
@@ -50,15 +63,13 @@ def measure(
         device=device,
         tick=tick,
     )
-    what = "forward, loss, backward" + (", AdamW" if optimizer else "")
-    short = str(dtype).removeprefix("torch.")
-    table = Table(
-        f"Step, {problem.name}, {short}", note=f"{problem.describe()}; {what}; median of {repetitions}."
-    )
+    other = _with_blocks(problem, 1 if problem.config.num_layers > 1 else 2)
+    other_source = source_model(other, device, dtype) if profiled else source
     for arm in arms:
         row = _timed(arm, arms, seconds, problem, device)
         if profiled:
-            row |= _examined(arm, problem, dtype, device)
+            twin = build_arms.build(arm.kind, other_source, other, inputs, False)
+            row |= _examined(arm, problem, twin, other, dtype, device)
         table.rows.append(row)
     table.details.append({"seconds": seconds, "model_flops": problem.flops})
     return table
@@ -104,14 +115,36 @@ def _timed(
     return row
 
 
-def _examined(arm: Arm, problem: Problem, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Return memory, FLOPs and self times."""
-    vector = problem.tokens * problem.config.dim * problem.config.num_layers * dtype.itemsize
+def _fits(arm: Arm) -> bool:
+    """Return whether a step of the arm fits the GPU's memory (on CPUs nothing says so)."""
+    if not torch.cuda.is_available():
+        return True
+    try:
+        arm.step()
+    except torch.OutOfMemoryError:
+        arm.model.zero_grad(set_to_none=True)
+        gc.collect()
+        torch.cuda.empty_cache()
+        return False
+    return True
+
+
+def _with_blocks(problem: Problem, blocks: int) -> Problem:
+    return replace(problem, config=replace(problem.config, num_layers=blocks))
+
+
+def _examined(
+    arm: Arm, problem: Problem, twin: Arm, other: Problem, dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
+    """Return memory, FLOPs and self times; `twin` has another number of blocks, so that what a block keeps is
+    known without the embeddings and the head."""
     saved = saved_bytes(arm.model, arm.loss)
+    blocks = problem.config.num_layers - other.config.num_layers
+    of_block = (saved - saved_bytes(twin.model, twin.loss)) / blocks
     times = self_times(arm.step, device)
     return {
         "saved MiB": saved / 2**20,
-        "vectors a token and block": saved / vector,
+        "vectors a token and block": of_block / (problem.tokens * problem.config.dim * dtype.itemsize),
         "peak MiB": peak_bytes(arm.step, device) / 2**20,
         "run GFLOP": "" if arm.kind.compiled else counted_flops(arm.step) / 1e9,
         "self s outside products": times.rest,
