@@ -13,7 +13,7 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -78,12 +78,15 @@ def main(argv: Sequence[str]) -> None:
     command = shlex.join(["python", PROG, *argv])
     tables: list[report.Table] = []
 
+    def keep(so_far: Sequence[report.Table]) -> None:
+        report.write(options.output, options.suite, so_far, command)
+
     def done(*new: report.Table) -> None:
         """Show and keep what is measured so far."""
         tables.extend(new)
         for table in new:
             print(table.markdown(), flush=True)
-        report.write(options.output, options.suite, tables, command)
+        keep(tables)
 
     try:
         if options.suite == "kernels":
@@ -98,7 +101,7 @@ def main(argv: Sequence[str]) -> None:
         if "steps" in only:
             for problem in problems:
                 for dtype in dtypes:
-                    done(step_table(problem, dtype, device, options))
+                    done(step_table(problem, dtype, device, options, lambda table: keep([*tables, table])))
         if "cp" in only:
             names = [problem.name for problem in problems]
             done(ranks.run(names, list(dtypes), options.repetitions, options.warm_up, options.time_limit))
@@ -112,8 +115,14 @@ def main(argv: Sequence[str]) -> None:
         raise RunFailed(str(error)) from None
 
 
-def step_table(problem: Problem, dtype: str, device: torch.device, options: Options) -> report.Table:
-    """Return the table of one problem, with a bar over its rounds."""
+def step_table(
+    problem: Problem,
+    dtype: str,
+    device: torch.device,
+    options: Options,
+    timed: Callable[[report.Table], object],
+) -> report.Table:
+    """Return the table of one problem, with a bar over its rounds; `timed` gets it before it is profiled."""
     ways = [way == "compiled" for way in options.ways]
     wanted = [
         kind
@@ -135,6 +144,7 @@ def step_table(problem: Problem, dtype: str, device: torch.device, options: Opti
             optimizer=options.optimizer,
             profiled=options.profile,
             tick=bar.update,
+            timed=timed,
         )
 
 

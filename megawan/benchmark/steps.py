@@ -40,8 +40,10 @@ def measure(
     optimizer: bool,
     profiled: bool,
     tick: Callable[[], None],
+    timed: Callable[[Table], object],
 ) -> Table:
-    """Return the table of one problem in one dtype."""
+    """Return the table of one problem in one dtype; `timed` is called with it when only memory, FLOPs and
+    self times are missing."""
     source = source_model(problem, device, dtype)
     inputs = make_inputs(problem, device, dtype)
     what = "forward, loss, backward" + (", AdamW" if optimizer else "")
@@ -63,15 +65,14 @@ def measure(
         device=device,
         tick=tick,
     )
-    other = _with_blocks(problem, 1 if problem.config.num_layers > 1 else 2)
-    other_source = source_model(other, device, dtype) if profiled else source
     for arm in arms:
-        row = _timed(arm, arms, seconds, problem, device)
-        if profiled:
-            twin = build_arms.build(arm.kind, other_source, other, inputs, False)
-            row |= _examined(arm, problem, twin, other, dtype, device)
-        table.rows.append(row)
+        table.rows.append(_timed(arm, arms, seconds, problem, device))
     table.details.append({"seconds": seconds, "model_flops": problem.flops})
+    if profiled:
+        timed(table)
+        rows = {row["step"]: row for row in table.rows}
+        for arm in arms:
+            rows[arm.kind.label] |= _examined(arm, problem, dtype, device)
     return table
 
 
@@ -129,22 +130,28 @@ def _fits(arm: Arm) -> bool:
     return True
 
 
-def _with_blocks(problem: Problem, blocks: int) -> Problem:
-    return replace(problem, config=replace(problem.config, num_layers=blocks))
+def _bytes_outside_blocks(kind: Kind, problem: Problem, dtype: torch.dtype, device: torch.device) -> int:
+    """Return what embeddings and head keep, from models of one and of two blocks; the same for compiled
+    blocks as for eager ones, which build at once."""
+    kept = []
+    for blocks in (1, 2):
+        cut = replace(problem, config=replace(problem.config, num_layers=blocks))
+        inputs = make_inputs(problem, device, dtype)
+        source = source_model(cut, device, dtype)
+        twin = build_arms.build(replace(kind, compiled=False), source, cut, inputs, False)
+        kept.append(saved_bytes(twin.model, twin.loss))
+    return 2 * kept[0] - kept[1]
 
 
-def _examined(
-    arm: Arm, problem: Problem, twin: Arm, other: Problem, dtype: torch.dtype, device: torch.device
-) -> dict[str, Any]:
-    """Return memory, FLOPs and self times; `twin` has another number of blocks, so that what a block keeps is
-    known without the embeddings and the head."""
+def _examined(arm: Arm, problem: Problem, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """Return memory, FLOPs and self times."""
     saved = saved_bytes(arm.model, arm.loss)
-    blocks = problem.config.num_layers - other.config.num_layers
-    of_block = (saved - saved_bytes(twin.model, twin.loss)) / blocks
+    of_blocks = saved - _bytes_outside_blocks(arm.kind, problem, dtype, device)
+    vector = problem.tokens * problem.config.dim * dtype.itemsize
     times = self_times(arm.step, device)
     return {
         "saved MiB": saved / 2**20,
-        "vectors a token and block": of_block / (problem.tokens * problem.config.dim * dtype.itemsize),
+        "vectors a token and block": of_blocks / (vector * problem.config.num_layers),
         "peak MiB": peak_bytes(arm.step, device) / 2**20,
         "run GFLOP": "" if arm.kind.compiled else counted_flops(arm.step) / 1e9,
         "self s outside products": times.rest,
