@@ -9,6 +9,7 @@ from torch import Tensor
 from megawan import cost
 from megawan.benchmark.report import Table
 from megawan.benchmark.timing import Spread, interleaved, paired_ratio
+from megawan.benchmark.traffic import moved_bytes
 from megawan.models.attention import BACKENDS, select_attention
 from megawan.models.heads import RMSNorm
 from megawan.models.precision import gated_add, modulated_norm
@@ -126,6 +127,7 @@ def elementwise(device: torch.device, dtype: torch.dtype, repetitions: int, warm
             f"Between the products, both ways, {tokens} tokens x {dim}, {str(dtype).removeprefix('torch.')}",
             note=f"A pass is half the time of a copy of tokens x {dim} ({1e3 * copy:.2f} ms).",
         )
+        vector = tokens * dim * dtype.itemsize
         for name in ops:
             base = seconds[f"{name}: formula"]
             for way in ("formula", "ours", "ours compiled"):
@@ -134,7 +136,10 @@ def elementwise(device: torch.device, dtype: torch.dtype, repetitions: int, warm
                     {
                         "operation": f"{name}: {way}",
                         "ms": 1e3 * Spread.of(own).median,
-                        "passes": 2 * Spread.of(own).median / copy,
+                        "passes by time": 2 * Spread.of(own).median / copy,
+                        "passes by bytes": ""
+                        if "compiled" in way
+                        else moved_bytes(calls[f"{name}: {way}"]) / vector,
                         "/ formula": paired_ratio(own, base).median,
                     }
                 )

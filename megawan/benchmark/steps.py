@@ -16,6 +16,7 @@ from megawan.benchmark.problem import Problem, make_inputs
 from megawan.benchmark.profiling import self_times
 from megawan.benchmark.report import Table
 from megawan.benchmark.timing import Spread, interleaved, paired_ratio
+from megawan.benchmark.traffic import moved_bytes
 from megawan.models.initial import initialise_
 from megawan.models.wan import WanModel
 
@@ -154,6 +155,7 @@ def _examined(arm: Arm, problem: Problem, dtype: torch.dtype, device: torch.devi
         "vectors a token and block": of_blocks / (vector * problem.config.num_layers),
         "peak MiB": peak_bytes(arm.step, device) / 2**20,
         "run GFLOP": "" if arm.kind.compiled else counted_flops(arm.step) / 1e9,
+        "moved GiB outside products": "" if arm.kind.compiled else moved_bytes(arm.step) / 2**30,
         "self s outside products": times.rest,
         "most of it": ", ".join(f"{name} {value:.3f}" for name, value in times.longest[:3]),
     }
