@@ -41,10 +41,10 @@ class _NormedHeads(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, eps: float, heads: int, cos: Tensor | None, sin: Tensor | None
     ) -> Tensor:
-        tokens = wide(x)
-        norm: Tensor = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True)
+        scale = wide(weight)  # the result of x·scale is float32; x itself is never widened as a whole
+        norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=scale.dtype)
         r = (norm.square() / x.shape[-1] + eps).rsqrt()
-        y = _split(tokens * weight, heads)
+        y = _split(x * scale, heads)
         ctx.rotated = cos is not None
         ctx.save_for_backward(x, weight, r, *((cos, sin) if ctx.rotated else ()))
         return _scaled_and_turned(y, r, cos, sin, 1).to(x.dtype)
@@ -53,13 +53,13 @@ class _NormedHeads(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         x, weight, r, *rope = ctx.saved_tensors
         cos, sin = rope if ctx.rotated else (None, None)
-        tokens, scale = wide(x), wide(weight)
+        scale = wide(weight)
         # g = r · (gradient of what is turned); grad_x = g·weight − x · r²/D · Σ g·weight·x
         g = _scaled_and_turned(wide(grad), r, cos, sin, -1).flatten(-2)
-        along = g * tokens
+        along = g * x
         grad_weight = along.flatten(0, -2).sum(0)
         share = (along @ scale).unsqueeze(-1) * (r.square() / -x.shape[-1])
-        grad_x = (g * scale).addcmul_(tokens, share)
+        grad_x = (g * scale).addcmul_(x, share)
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None, None, None, None
 
 

@@ -132,13 +132,13 @@ class _GatedAdd(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, y: Tensor, gate: Tensor, clean: int) -> Tensor:
         ctx.clean = clean
         ctx.save_for_backward(y, gate)
-        return _by_row(torch.addcmul, clean, gate, wide(x), wide(y)).to(x.dtype)
+        return _by_row(torch.addcmul, clean, gate, x, y).to(x.dtype)  # gate is wide, and so is the sum
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         y, gate = ctx.saved_tensors
         tokens = wide(grad)
-        grad_gate = _row_sums(tokens * wide(y), gate, ctx.clean)
+        grad_gate = _row_sums(tokens * y, gate, ctx.clean)
         grad_y = _by_row(torch.mul, ctx.clean, gate, tokens).to(y.dtype)
         return grad, grad_y, grad_gate, None
 
