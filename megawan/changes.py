@@ -15,6 +15,9 @@ _SILENT = (
     "dist_timeout",
     "checkpoint",
     "metrics",
+    "validation",
+    "sample",
+    "profile",
     "parallel",
 )
 

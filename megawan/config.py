@@ -17,6 +17,9 @@ from megawan.encode_options import EncodeOptions
 from megawan.flow.loss import FlowOptions
 from megawan.metrics import MetricsOptions
 from megawan.optim import OptimOptions
+from megawan.previews import PreviewOptions
+from megawan.profiling import ProfileOptions
+from megawan.validation import ValidationOptions
 
 # Flags that people know from DiffSynth-Studio and DeepSpeed examples.
 ALIASES = {
@@ -170,6 +173,9 @@ class TrainConfig:
     ema: EmaOptions = field(default_factory=EmaOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     metrics: MetricsOptions = field(default_factory=MetricsOptions)
+    validation: ValidationOptions = field(default_factory=ValidationOptions)
+    sample: PreviewOptions = field(default_factory=PreviewOptions)
+    profile: ProfileOptions = field(default_factory=ProfileOptions)
 
 
 def parse(argv: Sequence[str], *, prog: str, description: str) -> TrainConfig:

@@ -6,10 +6,8 @@ counted, as every published MFU does. Letters: N tokens of one video, T text tok
 width, h heads, L layers.
 """
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 
 CLIP_DIM = 1280  # width of the CLIP image tower of the I2V checkpoints
 ADAM_MOMENTS = 2
@@ -467,47 +465,6 @@ def gather_bytes(params: int, world_size: int, bytes_per_element: int = 2) -> in
 
 
 # ------------------------------------------------------------------------------------------------- throughput
-
-# Dense bf16 FLOP/s with fp32 accumulation, no sparsity, from the makers' data sheets. The first row that
-# occurs in a device's name as whole words counts, so the longer names come first.
-GPU_PEAK_FLOPS: Mapping[str, float] = MappingProxyType(
-    {
-        "GB300": 2500e12,
-        "GB200": 2500e12,
-        "B300": 2250e12,
-        "B200": 2250e12,
-        "GH200": 989e12,
-        "H200": 989e12,
-        "H100 PCIe": 756e12,
-        "H100 NVL": 835e12,
-        "H100": 989e12,
-        "H800": 989e12,
-        "H20": 148e12,
-        "A100": 312e12,
-        "A800": 312e12,
-        "A40": 150e12,
-        "A30": 165e12,
-        "A10": 125e12,
-        "RTX 6000 Ada": 364e12,
-        "RTX A6000": 155e12,
-        "RTX 5090": 209e12,
-        "RTX 4090": 165e12,
-        "L40S": 362e12,
-        "L40": 181e12,
-        "L4": 121e12,
-        "MI355X": 2500e12,
-        "MI325X": 1307e12,
-        "MI300X": 1307e12,
-    }
-)
-
-
-def peak_flops(device_name: str) -> float | None:
-    """Return the dense bf16 FLOP/s of a device from its name (`torch.cuda.get_device_name()`), None if not
-    known."""
-    return next(
-        (peak for name, peak in GPU_PEAK_FLOPS.items() if re.search(rf"\b{name}\b", device_name)), None
-    )
 
 
 def mfu(model_flops: float, seconds: float, gpus: int, peak: float) -> float:

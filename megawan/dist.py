@@ -248,6 +248,14 @@ def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
     return total / torch_dist.get_world_size()
 
 
+def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
+    """Return the sum of a tensor over all ranks, same shape and dtype, on the CPU; the input is not
+    changed."""
+    total = value.detach().to(collective_device(), copy=True)
+    torch_dist.all_reduce(total)
+    return total.cpu()
+
+
 def host_group(timeout_s: float) -> torch_dist.ProcessGroup:
     """Return a new gloo group of all ranks, for host tensors; collective. On GPUs it never waits for kernels,
     and another thread may use it beside the default group."""

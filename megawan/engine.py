@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.cpp_extension import get_default_build_root
 
 from megawan.checkpoint import MOMENTS, Fragment, StepWeights
-from megawan.dist import say
+from megawan.dist import say, sum_over_ranks
 from megawan.ds_config import Resolved
 from megawan.models.layouts import TensorSource
 from megawan.optim import OptimOptions, build_optimizer, build_schedule, parameter_groups
@@ -261,6 +261,59 @@ def master_buffers(engine: deepspeed.DeepSpeedEngine) -> list[Tensor]:
     if stage:
         return list(engine.optimizer.single_partition_of_fp32_groups)
     return [parameter.detach() for parameter in engine.module.parameters()]
+
+
+@contextlib.contextmanager
+def other_weights(engine: deepspeed.DeepSpeedEngine, buffers: Sequence[Tensor]) -> Iterator[None]:
+    """Give the model the values of flat buffers that mirror `master_buffers` (a moving average) inside the
+    block, and the masters' again, bit for bit, after it; collective. No rank holds more of it than in
+    training; the masters and the optimizer are not touched, at stage 0 the masters are the weights."""
+    kept = master_buffers(engine)
+    if engine.zero_optimization_stage() == 0:
+        kept = [master.clone() for master in kept]
+    _set_weights(engine, buffers)
+    try:
+        yield
+    finally:
+        _set_weights(engine, kept)
+
+
+@torch.no_grad()
+def _set_weights(engine: deepspeed.DeepSpeedEngine, buffers: Sequence[Tensor]) -> None:
+    stage, places = engine.zero_optimization_stage(), _places(engine)
+    if stage == 3:
+        # What a forward pass without a backward left gathered would be used again as it was.
+        engine.optimizer.parameter_offload.partition_all_parameters()
+    for name, parameter in engine.module.named_parameters():
+        place = places.get(name)
+        if stage == 3:
+            if place is not None:
+                parameter.ds_tensor.data[: place.size].copy_(place.of(buffers))
+        elif stage == 0:
+            assert place is not None
+            parameter.data.copy_(place.of(buffers).view(parameter.shape))
+        else:
+            # Each element is one rank's; of the others' -inf nothing is left, and -0 stays -0.
+            whole = torch.full(
+                (parameter.numel(),), -math.inf, dtype=parameter.dtype, device=parameter.device
+            )
+            if place is not None:
+                whole[place.start : place.start + place.size].copy_(place.of(buffers))
+            torch.distributed.all_reduce(whole, op=torch.distributed.ReduceOp.MAX)
+            parameter.data.copy_(whole.view(parameter.shape))
+    if stage == 3:
+        _refresh_resident(engine)
+
+
+def distance(engine: deepspeed.DeepSpeedEngine, before: Sequence[Tensor]) -> float:
+    """Return the L2 norm of what changed in the masters of all ranks since `before`, copies of
+    `master_buffers`; collective."""
+    squares = torch.zeros((), dtype=torch.float64)
+    for master, earlier in zip(master_buffers(engine), before, strict=True):
+        squares += (master - earlier).square().sum(dtype=torch.float64).cpu()
+    if engine.zero_optimization_stage():  # at stage 0 every rank holds all of them
+        squares = sum_over_ranks(squares)
+    return math.sqrt(float(squares))
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,22 @@
 """What a run says of itself: the progress line, TensorBoard events, and the meters behind both."""
 
 import hashlib
+import importlib.util
+import math
 import platform
 import resource
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megawan import dist
+from megawan import cli, cost, dist
 from megawan.data.batch import Batch
 
 SIGMA_BINS = 10
@@ -31,54 +32,113 @@ class MetricsOptions:
     """Optimizer steps between two progress lines and points of every curve."""
     tensorboard: bool = True
     """Write TensorBoard events to OUTPUT/tensorboard."""
+    weight_delta: bool = True
+    """Measure what a logged step changes in the weights; the fp32 masters are held twice while its optimizer
+    works (not with an offloaded optimizer)."""
+    peak_tflops: float | None = None
+    """Dense bf16 peak of one GPU, for MFU; default: that of the GPU found, if it is known."""
+    wandb_project: str | None = None
+    """Write the same curves to this project of Weights & Biases (pip install 'megawan[wandb]'; WANDB_MODE
+    etc. apply)."""
 
 
 def check(options: MetricsOptions) -> None:
-    """Raise ValueError for a cadence below 1."""
+    """Raise ValueError for a cadence below 1, a peak that is none, and wandb where it is not installed."""
     if options.log_every < 1:
         raise ValueError(f"--metrics.log_every {options.log_every} must be 1 or more")
+    if options.peak_tflops is not None and not 0 < options.peak_tflops < math.inf:
+        raise ValueError(f"--metrics.peak_tflops {options.peak_tflops} must be above 0 and finite")
+    if options.wandb_project is not None and importlib.util.find_spec("wandb") is None:
+        raise ValueError(
+            f"--metrics.wandb_project {options.wandb_project}: wandb is not installed; pip install"
+            " 'megawan[wandb]', or leave it out: TensorBoard has the same curves"
+        )
+
+
+class LossReading(NamedTuple):
+    """What the steps since the last reading lost, over all ranks. By tenth of sigma, those that were hit:
+    unweighted and weighted. By dataset: its number, weighted."""
+
+    loss: float
+    by_sigma: dict[int, float]
+    weighted_by_sigma: dict[int, float]
+    by_dataset: dict[int, float]
 
 
 class LossMeter:
-    """Sums of weighted loss and of per-sigma-bin unweighted loss since the last reading; stays on the
-    device."""
+    """Sums of the losses since the last reading; stays on the device."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(2 + 2 * SIGMA_BINS, device=device)
+    def __init__(self, device: torch.device, datasets: int = 1) -> None:
+        self._datasets = datasets
+        # (weighted loss, micro-batches); by tenth (mse, weighted mse, samples); by dataset (weighted mse,
+        # samples).
+        self._sums = torch.zeros(2 + 3 * SIGMA_BINS + 2 * datasets, device=device)
+        self._loss, by_sigma, by_dataset = self._sums.split((2, 3 * SIGMA_BINS, 2 * datasets))
+        self._by_sigma, self._by_dataset = by_sigma.view(3, SIGMA_BINS), by_dataset.view(2, datasets)
 
-    def add(self, loss: Tensor, per_sample: Tensor, sigma: Tensor) -> None:
-        """Add one micro-batch: its scalar weighted loss, unweighted mse [B] and sigma [B], of this rank's
-        tokens. What is no finite number is left out: it would hide all other steps of the interval."""
+    def add(
+        self, loss: Tensor, per_sample: Tensor, sigma: Tensor, weight: Tensor, dataset: Tensor | None = None
+    ) -> None:
+        """Add one micro-batch: its scalar weighted loss; unweighted mse of this rank's tokens, sigma and
+        weight of each sample, [B]; and which dataset each is of, int64 [B] (default: the first). What is no
+        finite number is left out: it would hide all other steps of the interval."""
         loss, per_sample = loss.detach(), per_sample.detach().to(self._sums.dtype)
-        self._sums[0] += loss.nan_to_num(0.0, 0.0, 0.0)
-        self._sums[1] += loss.isfinite()
-        bins = (sigma * SIGMA_BINS).long().clamp_(0, SIGMA_BINS - 1)
-        self._sums[2 : 2 + SIGMA_BINS].index_add_(0, bins, per_sample.nan_to_num(0.0, 0.0, 0.0))
-        self._sums[2 + SIGMA_BINS :].index_add_(0, bins, per_sample.isfinite().to(self._sums.dtype))
+        self._loss += torch.stack((loss.nan_to_num(0.0, 0.0, 0.0), loss.isfinite()))
+        mse, counted = per_sample.nan_to_num(0.0, 0.0, 0.0), per_sample.isfinite().to(self._sums.dtype)
+        weighted = mse * weight.to(mse)
+        tenth = (sigma * SIGMA_BINS).long().clamp_(0, SIGMA_BINS - 1)
+        self._by_sigma.index_add_(1, tenth, torch.stack((mse, weighted, counted)))
+        if self._datasets > 1 and dataset is not None:
+            self._by_dataset.index_add_(1, dataset.to(mse.device), torch.stack((weighted, counted)))
 
-    def read(self) -> tuple[float, dict[int, float]]:
-        """Return the mean loss and the mean of every sigma bin that was hit, over all ranks, and start anew.
+    def read(self) -> LossReading:
+        """Return the means over all ranks and start anew.
 
         One all-reduce. Each rank holds cp_size times its tokens' share, so the mean over ranks is the mean
         over samples.
         """
         sums = dist.mean_over_ranks(self._sums).cpu()
         self._sums.zero_()
-        counts = sums[2 + SIGMA_BINS :]
-        by_bin = {i: float(sums[2 + i] / counts[i]) for i in range(SIGMA_BINS) if counts[i] > 0}
-        return float(sums[0] / sums[1]), by_bin
+        loss, by_sigma, by_dataset = sums.split((2, 3 * SIGMA_BINS, 2 * self._datasets))
+        mse, weighted, samples = by_sigma.view(3, SIGMA_BINS)
+        of_datasets, their_samples = by_dataset.view(2, self._datasets)
+        return LossReading(
+            float(loss[0] / loss[1]),
+            _means(mse, samples),
+            _means(weighted, samples),
+            _means(of_datasets, their_samples),
+        )
+
+
+def _means(sums: Tensor, counts: Tensor) -> dict[int, float]:
+    return {i: float(sums[i] / counts[i]) for i in range(len(counts)) if counts[i] > 0}
+
+
+@dataclass(frozen=True)
+class DataReading:
+    """What the steps since the last reading were made of, over all data-parallel ranks."""
+
+    tokens: float
+    model_flops: float
+    """3 x forward: what the training needs, whatever is recomputed."""
+    hardware_flops: float
+    """What the kernels run: recomputed products and attention's rebuilt scores included."""
+    curves: dict[str, float]
 
 
 class DataMeter:
-    """What the steps since the last reading were made of; needs nothing of the device."""
+    """Counts what the steps since the last reading were made of; needs nothing of the device."""
 
-    def __init__(self, dp_size: int) -> None:
+    def __init__(self, dp_size: int, flops: Mapping[tuple[int, ...], tuple[float, float]]) -> None:
+        """`flops`: model and hardware FLOPs of training on one video of each latent shape."""
         self._dp_size = dp_size
+        self._flops = flops
         self._start_anew()
 
     def _start_anew(self) -> None:
         self._tokens = self._replaced = self._steps = 0
         self._imbalance = 0.0
+        self._model = self._hardware = 0.0
 
     def add(self, micro_batches: Sequence[Batch], tokens: int) -> None:
         """Count a step of this data-parallel rank and the tokens with loss that it had."""
@@ -86,34 +146,45 @@ class DataMeter:
         self._replaced += sum(len(batch.replaced) for batch in micro_batches)
         self._imbalance += micro_batches[0].imbalance
         self._steps += 1
+        for batch in micro_batches:
+            model, hardware = self._flops[tuple(batch.latents.shape[1:])]
+            self._model += len(batch.latents) * model
+            self._hardware += len(batch.latents) * hardware
 
-    def read(self) -> tuple[float, dict[str, float]]:
-        """Return the tokens of all data-parallel ranks and the curves, and start anew; one all-reduce."""
-        mine = torch.tensor([float(self._tokens), float(self._replaced)])
+    def read(self) -> DataReading:
+        """Return the sums over all data-parallel ranks and start anew; one all-reduce."""
+        mine = torch.tensor([self._tokens, self._replaced, self._model, self._hardware], dtype=torch.float64)
         # The ranks of a context-parallel group count the same, so the mean is that of the dp ranks.
-        tokens, replaced = (dist.mean_over_ranks(mine) * self._dp_size).tolist()
-        curves = {"data/imbalance": self._imbalance / self._steps, "data/replaced": round(replaced, 3)}
+        world = torch.distributed.get_world_size()
+        tokens, replaced, model, hardware = (dist.sum_over_ranks(mine) * self._dp_size / world).tolist()
+        curves = {"data/imbalance": self._imbalance / self._steps, "data/bad_samples": round(replaced, 3)}
         self._start_anew()
-        return tokens, curves
+        return DataReading(tokens, model, hardware, curves)
 
 
-class Clock:
-    """Seconds since the last reading, and how many of them went to waiting for data."""
+def speed(
+    counted: DataReading,
+    seconds: float,
+    parts: Mapping[str, float],
+    steps: int,
+    world_size: int,
+    peak: float | None,
+) -> dict[str, float]:
+    """Return the points of the curves about time; `peak`: FLOP/s of one GPU, None where nobody knows it.
 
-    def __init__(self) -> None:
-        self._last = time.perf_counter()
-        self._waited = 0.0
-
-    def add_wait(self, seconds: float) -> None:
-        """Count seconds that the loop spent waiting for the loader."""
-        self._waited += seconds
-
-    def read(self) -> tuple[float, float]:
-        """Return (seconds, of which waited for data) and start anew."""
-        now = time.perf_counter()
-        elapsed, waited = now - self._last, self._waited
-        self._last, self._waited = now, 0.0
-        return elapsed, waited
+    MFU is what the model needs (3 x forward) over the peak, HFU what the kernels ran.
+    """
+    curves = {
+        "perf/step_time": seconds / steps,
+        "perf/tokens_per_s": counted.tokens / seconds,
+        "perf/tflops_per_gpu": counted.model_flops / (seconds * world_size) / 1e12,
+        "perf/data_wait": parts.get("data", 0.0) / seconds,
+        **{f"perf/time_{part}": spent / steps for part, spent in parts.items()},
+    }
+    if peak is not None:
+        curves["perf/mfu"] = cost.mfu(counted.model_flops, seconds, world_size, peak)
+        curves["perf/hfu"] = cost.mfu(counted.hardware_flops, seconds, world_size, peak)
+    return curves
 
 
 class Stragglers:
@@ -136,15 +207,24 @@ class Stragglers:
                 f" mostly for rank {rank} ({seconds:.2f} s): its data, its machine or its network is slow"
             )
         self._late.clear()
-        return {"perf/straggler_wait": total / elapsed}, warning
+        return {"perf/straggler_ratio": total / elapsed}, warning
 
 
 class RunLog:
-    """The progress line and the TensorBoard writer of rank 0; does nothing on other ranks."""
+    """The progress line, the TensorBoard writer and wandb of rank 0; does nothing on other ranks."""
 
-    def __init__(self, folder: Path, options: MetricsOptions, first_step: int, steps: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        options: MetricsOptions,
+        first_step: int,
+        steps: int,
+        settings: dict[str, Any] | None = None,
+    ) -> None:
+        """`settings`: the resolved configuration, shown beside the curves."""
         self._writer = None
         self._bar = None
+        self._wandb = None
         self._steps = steps
         if not dist.is_main():
             return
@@ -157,16 +237,43 @@ class RunLog:
                 self._writer = SummaryWriter(
                     str(folder / "tensorboard"), purge_step=first_step + 1, flush_secs=10
                 )
+                self._show(settings or {}, first_step)
             except OSError as error:
                 self._give_up(error)
+        if options.wandb_project is not None:
+            self._wandb = open_wandb(options.wandb_project, folder, settings or {})
         if sys.stderr.isatty():
             self._bar = tqdm(total=steps, initial=first_step, unit="step", dynamic_ncols=True)
 
+    def _show(self, settings: dict[str, Any], step: int) -> None:
+        """Lay out TensorBoard's pages and put the settings on them."""
+        from megawan.dashboard import layout, settings_summaries, settings_table
+
+        assert self._writer is not None
+        self._writer.add_custom_scalars(layout(settings))
+        if settings:
+            self._writer.add_text("settings", settings_table(settings), step)
+            for summary in settings_summaries(settings):
+                self._writer._get_file_writer().add_summary(summary)
+
     def text(self, tag: str, body: str, step: int) -> None:
-        """Show a text (the resolved configuration, say) in TensorBoard's text page."""
+        """Show a text (the plan of the run, say) in TensorBoard's text page."""
         if self._writer is not None:
             try:
                 self._writer.add_text(tag, body, step)
+            except OSError as error:
+                self._give_up(error)
+
+    def picture(self, step: int, tag: str, encoded: bytes, height: int, width: int) -> None:
+        """Show an encoded picture (PNG, or GIF for a video) on the page of images."""
+        if self._writer is not None:
+            from tensorboard.compat.proto.summary_pb2 import Summary
+
+            image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=encoded)
+            try:
+                self._writer._get_file_writer().add_summary(
+                    Summary(value=[Summary.Value(tag=tag, image=image)]), step
+                )
             except OSError as error:
                 self._give_up(error)
 
@@ -178,6 +285,8 @@ class RunLog:
                     self._writer.add_scalar(tag, value, step)
             except OSError as error:
                 self._give_up(error)
+        if self._wandb is not None and scalars:
+            self._wandb.log(scalars, step=step)
 
     def step(self, step: int, scalars: dict[str, float], seconds_per_step: float) -> None:
         """Write one point of every curve and the progress line."""
@@ -205,11 +314,32 @@ class RunLog:
                 self._writer.close()
             except OSError as error:
                 self._give_up(error)
+        if self._wandb is not None:
+            self._wandb.finish()
 
     def _give_up(self, error: OSError) -> None:
         """Go on without curves: a full disk must not end a run that only its log needs."""
         self._writer = None
         print(f"warning: no TensorBoard events from here on: {error}", flush=True)
+
+
+def open_wandb(project: str, folder: Path, settings: dict[str, Any]) -> Any:
+    """Return wandb's run of a run folder; the same one again when the folder's run is continued.
+
+    Raises cli.RunFailed when wandb will not have it: no account, no network, a wrong name.
+    """
+    import wandb
+
+    name = hashlib.blake2b(str(folder.resolve()).encode(), digest_size=8).hexdigest()
+    try:
+        return wandb.init(
+            project=project, dir=str(folder), name=folder.name, id=name, resume="allow", config=settings
+        )
+    except (wandb.Error, OSError, ValueError) as error:
+        raise cli.RunFailed(
+            f"--metrics.wandb_project {project}: {' '.join(str(error).split())} (WANDB_MODE=offline writes to"
+            f" {folder} alone)"
+        ) from None
 
 
 def _duration(seconds: float) -> str:

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
-from megawan import checkpoint, cost, ds_config, ema, filler, metrics, optim
+from megawan import checkpoint, cost, ds_config, ema, filler, metrics, optim, previews, profiling, validation
 from megawan.cli import UserError
 from megawan.config import TrainConfig
 from megawan.data.filling import FillingError, FillingStore
 from megawan.data.latents import LatentStore, StoredSamples
-from megawan.data.mixture import Mixture
+from megawan.data.mixture import ALIKE, Mixture
 from megawan.data.synthetic import SyntheticLatents
 from megawan.dist import Environment
 from megawan.encode_options import EncodeOptions, checked_size
@@ -29,6 +29,7 @@ from megawan.models.recompute import Recompute, parse_recompute
 from megawan.models.variants import CLIP_TOKENS, Variant, WanConfig, get_variant
 from megawan.models.wan import token_grid
 from megawan.parallel.topology import Topology, divisors, legal_ulysses, validate
+from megawan.rng import position_key
 
 PACKAGE = Path(__file__).resolve().parent
 AUTO = "auto"
@@ -53,6 +54,7 @@ class Plan:
     clean_frames: int  # leading latent frames that are a clean condition (TI2V: 1) and carry no loss
     recompute: str  # --model.recompute, or what auto chose
     weights: str | None  # what --model.init_from was found to be
+    held_out: StoredSamples | SyntheticLatents | None  # what validation looks at, every --validation.every
 
     @property
     def need_lse(self) -> bool:
@@ -86,6 +88,37 @@ class Plan:
         return {each: float(cost.train_flops(shape, _tokens(each, patch))) for each in set(self.data.shapes)}
 
     @property
+    def codec(self) -> str:
+        """The video codec that made the latents; synthetic ones decode as noise, by the weightless one."""
+        return "dct" if isinstance(self.data, SyntheticLatents) else str(self.data.settings["codec"])
+
+    @property
+    def offloads_optimizer(self) -> bool:
+        """Whether the optimizer and its states are on the CPU."""
+        return cost_layout(self.config, self.topology, self.deepspeed).offload_optimizer
+
+    @property
+    def sample_flops(self) -> dict[tuple[int, ...], tuple[float, float]]:
+        """Model and hardware FLOPs of training on one video of each latent shape."""
+        shape, patch = model_shape(self.variant.config), self.variant.config.patch_size
+        found = {}
+        for each in set(self.data.shapes):
+            tokens = _tokens(each, patch)
+            hardware = cost.forward_flops(shape, tokens) + cost.backward_flops(shape, tokens)
+            found[tuple(each)] = (
+                float(cost.train_flops(shape, tokens)),
+                float(hardware + self._repeated_flops(shape, tokens)),
+            )
+        return found
+
+    def _repeated_flops(self, shape: cost.ModelShape, tokens: int) -> int:
+        return sum(
+            cost.recompute_flops(shape, tokens, policy, until)
+            - cost.recompute_flops(shape, tokens, policy, start)
+            for policy, start, until in self._recompute.ranges
+        )
+
+    @property
     def checkpoint_bytes(self) -> int:
         """What one checkpoint takes on the disk: fp32 master, two moments, and the moving average if kept."""
         return (16 if self.config.ema.decay else 12) * cost.parameters(model_shape(self.variant.config))
@@ -100,11 +133,7 @@ class Plan:
         memory = cost.rank_memory(
             shape, longest, self._recompute.split, cost_layout(config, layout, self.deepspeed)
         )
-        repeated = sum(
-            cost.recompute_flops(shape, longest, policy, until)
-            - cost.recompute_flops(shape, longest, policy, start)
-            for policy, start, until in self._recompute.ranges
-        )
+        repeated = self._repeated_flops(shape, longest)
         chosen = " (auto)" if config.model.recompute == AUTO else ""
         flops = 3 * cost.forward_flops(shape, longest) * self.global_batch
         spread = f"{min(tokens):,} to {longest:,}" if len(shapes) > 1 else f"{longest:,}"
@@ -126,6 +155,7 @@ class Plan:
             f" {config.accumulation} x dp {layout.dp_size}; {self.steps} steps ="
             f" {self.steps * self.global_batch / len(self.data):.1f} passes over {len(self.data)} samples"
             + (f"; every {config.data.shape_group} of one shape" if config.data.shape_group else ""),
+            *([f"held out: {self.held_out.describe()}"] if self.held_out else []),
             *([self._passes(self.data)] if isinstance(self.data, Mixture) else []),
             self.flow.describe(),
             f"cost: {flops / 1e12:,.3g} TFLOP a step (recompute not counted); model states"
@@ -168,20 +198,22 @@ def require_inputs(plan: Plan) -> None:
             f"--model.variant {variant.name}: VACE is read and written, but its context is not in the"
             " training step yet; legal: every variant without vace in its name"
         )
-    if isinstance(plan.data, FillingStore):
-        return  # it is encoded for this very variant, and sample 0 may come late
-    held = plan.data.extras
+    stores: list[tuple[str, StoredSamples | Mixture | SyntheticLatents]] = []
+    if not isinstance(plan.data, FillingStore):  # that is encoded for this very variant, and may come late
+        stores.append((f"--data.path {' '.join(map(str, plan.config.data.path))}", plan.data))
+    if plan.held_out is not None:
+        stores.append((f"--validation.path {' '.join(map(str, plan.config.validation.path))}", plan.held_out))
     needed = {
         "CLIP features": (variant.config.has_clip, "clip"),
         "condition": (variant.condition_channels > 0, "condition"),
     }
-    lacking = [name for name, (wanted, stored) in needed.items() if wanted and stored not in held]
-    if lacking:
-        paths = " ".join(map(str, plan.config.data.path))
-        raise UserError(
-            f"--data.path {paths}: its samples have no {' and no '.join(lacking)}, which"
-            f" {variant.name} takes; encode for this variant"
-        )
+    for given, store in stores:
+        lacking = [name for name, (wanted, stored) in needed.items() if wanted and stored not in store.extras]
+        if lacking:
+            raise UserError(
+                f"{given}: its samples have no {' and no '.join(lacking)}, which {variant.name} takes;"
+                " encode for this variant"
+            )
 
 
 def make_plan(config: TrainConfig, place: Environment) -> Plan:
@@ -217,6 +249,8 @@ def _resolve(config: TrainConfig, place: Environment) -> Plan:
     checkpoint.check(config.checkpoint)
     ema.check(config.ema)
     metrics.check(config.metrics)
+    validation.check(config.validation)
+    profiling.check(config.profile)
     if not 0 <= config.data.prompt_dropout <= 1:
         raise ValueError(f"--data.prompt_dropout {config.data.prompt_dropout} must lie between 0 and 1")
     if config.data.workers < 0:
@@ -249,6 +283,15 @@ def _resolve(config: TrainConfig, place: Environment) -> Plan:
         clean_frames,
         choose_recompute(config, variant, topology, resolved, longest),
         weights,
+        open_held_out(config, variant, data),
+    )
+    previews.check(
+        config.sample,
+        codec=plan.codec,
+        channels=variant.latent_channels,
+        text_only=not (variant.condition_channels or variant.config.has_clip or clean_frames),
+        expert=variant.expert,
+        variant=variant.name,
     )
     select_attention(
         config.model.attention,
@@ -447,22 +490,41 @@ def open_data(config: TrainConfig, variant: Variant, rank: int) -> StoredSamples
     )
 
 
+def open_held_out(
+    config: TrainConfig, variant: Variant, data: StoredSamples | Mixture | SyntheticLatents
+) -> StoredSamples | SyntheticLatents | None:
+    """Return the samples that validation looks at, None for no validation.
+
+    Raises ValueError for a store that the variant cannot take or that was made otherwise than what is
+    trained on, and where there is none beside a store that is trained on.
+    """
+    asked = config.validation
+    if not asked.every:
+        return None
+    if not asked.path:
+        if not isinstance(data, SyntheticLatents):
+            raise ValueError(
+                "--validation.every needs --validation.path, a latent store of clips that are not trained"
+                " on: tools/encode_dataset.py with the same settings on other clips"
+            )
+        return data.another(position_key(config.seed, "held out"))
+    (path,) = asked.path
+    store = check_store(LatentStore(path), f"--validation.path {path}", config, variant)
+    if not isinstance(data, SyntheticLatents):
+        for name in ALIKE:
+            ours, theirs = data.settings.get(name), store.settings.get(name)
+            if ours != theirs:
+                raise ValueError(
+                    f"--validation.path {path}: {name} is {theirs!r}, but {ours!r} in what is trained on;"
+                    " encode both alike"
+                )
+    return store
+
+
 def open_store(path: Path, config: TrainConfig, variant: Variant, rank: int) -> StoredSamples:
     """Return the store of this folder. Raises ValueError when it is not what the variant or --data.* asks."""
     store, stride = open_folder(path, config, variant, rank), variant.vae_stride
-    channels, text_dim = variant.latent_channels, variant.config.text_dim
-    if store.latent_channels != channels or store.text_dim != text_dim:
-        raise ValueError(
-            f"--data.path {path}: latents of {store.latent_channels} channels and text of"
-            f" {store.text_dim} features, but {config.model.variant} takes {channels} and {text_dim};"
-            " encode for this variant"
-        )
-    codec = store.settings.get("codec")
-    if config.model.init_from is not None and variant.repository and codec != f"wan{variant.vae}":
-        raise ValueError(
-            f"--data.path {path}: latents of codec {codec}, but weights of {config.model.variant} know"
-            f" those of wan{variant.vae}; encode with --codec wan{variant.vae}"
-        )
+    check_store(store, f"--data.path {path}", config, variant)
     for axis, name in enumerate(("num_frames", "height", "width")):
         size, first = getattr(config.data, name), 1 if axis == 0 else 0  # the first frame is a latent
         held = {(shape[axis + 1] - first) * stride[axis] + first for shape in store.shapes}
@@ -470,6 +532,25 @@ def open_store(path: Path, config: TrainConfig, variant: Variant, rank: int) -> 
             raise ValueError(
                 f"--data.{name} {size}: the store {path} has clips of {', '.join(map(str, sorted(held)))}"
             )
+    return store
+
+
+def check_store(store: StoredSamples, given: str, config: TrainConfig, variant: Variant) -> StoredSamples:
+    """Return the store, whose latents and text the variant takes. Raises ValueError that begins with
+    `given`."""
+    channels, text_dim = variant.latent_channels, variant.config.text_dim
+    if store.latent_channels != channels or store.text_dim != text_dim:
+        raise ValueError(
+            f"{given}: latents of {store.latent_channels} channels and text of"
+            f" {store.text_dim} features, but {config.model.variant} takes {channels} and {text_dim};"
+            " encode for this variant"
+        )
+    codec = store.settings.get("codec")
+    if config.model.init_from is not None and variant.repository and codec != f"wan{variant.vae}":
+        raise ValueError(
+            f"{given}: latents of codec {codec}, but weights of {config.model.variant} know"
+            f" those of wan{variant.vae}; encode with --codec wan{variant.vae}"
+        )
     for shape in set(store.shapes):
         _tokens(shape, variant.config.patch_size)
     return store

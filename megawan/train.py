@@ -7,9 +7,9 @@
 Reads top-down: parse, plan, join the group, take the run folder, build, fill, loop.
 """
 
+import math
 import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,23 +24,31 @@ from tqdm import tqdm
 from megawan import checkpoint, cli, config, dist
 from megawan.agreement import StepAgreement, describe_samples
 from megawan.changes import changes, refused
+from megawan.data.batch import pad_text
+from megawan.data.mixture import Mixture
 from megawan.data.replacement import BadSamples
 from megawan.faults import broken
 from megawan.files import write_json
+from megawan.hardware import peak_flops
 from megawan.health import examine
 from megawan.metrics import (
-    Clock,
     DataMeter,
     LossMeter,
+    LossReading,
     RunLog,
     Stragglers,
     describe_environment,
     peak_memory,
     software,
+    speed,
 )
 from megawan.plan import Plan, make_plan, open_start, require_inputs, run_folder
+from megawan.previews import Previews, chosen_codec, png, prompted_previews, stored_previews
+from megawan.profiling import StepProfiler
 from megawan.run_folder import USED, RunFolder
 from megawan.saving import Saver
+from megawan.step_times import BESIDE, StepTimes
+from megawan.validation import Validation
 from megawan.watch import Watch
 
 if TYPE_CHECKING:  # imports DeepSpeed, seconds that --help and --dry-run do not need
@@ -138,14 +146,15 @@ def look_at_ranks(device: torch.device) -> None:
 
 
 def loop(trainer: "Trainer", start: int, folder: Path, warning: dist.PreemptionWarning, watch: Watch) -> None:
-    """Take the steps from `start` to the end: train, log every n, save every n and when anybody asks."""
+    """Take the steps from `start` to the end: train, log every n, validate every n, save every n and when
+    anybody asks."""
     from megawan.skipped import SkippedSteps
 
     plan, device = trainer.plan, trainer.device
-    options, meter, clock = plan.config, LossMeter(device), Clock()
-    data_meter, stragglers = DataMeter(plan.topology.dp_size), Stragglers()
-    log = RunLog(folder, options.metrics, start, plan.steps)
-    log.text("config", "\n".join(f"    {line}" for line in plan.describe()), start)
+    options, meter, times = plan.config, LossMeter(device, len(dataset_names(plan))), StepTimes(device)
+    data_meter, stragglers = DataMeter(plan.topology.dp_size, plan.sample_flops), Stragglers()
+    log = RunLog(folder, options.metrics, start, plan.steps, config.to_dict(options))
+    log.text("plan", "\n".join(f"    {line}" for line in plan.describe()), start)
     saver = Saver(folder / "checkpoints", options.checkpoint, options.dist_timeout)
     agreement = StepAgreement(
         folder,
@@ -156,63 +165,96 @@ def loop(trainer: "Trainer", start: int, folder: Path, warning: dist.PreemptionW
         options.dist_timeout,
     )
     skipped = SkippedSteps(folder, plan, options.optim.max_skipped)
+    profiler = StepProfiler(options.profile, folder / "profile", device, times, start + 1)
+    peak = gpu_peak(options.metrics.peak_tflops, device)
+    watch.at(start, "validation")
+    validation = hold_out(trainer)
+    previews = choose_previews(trainer)
+    if validation is not None and start == 0:
+        log.scalars(0, validation.run(trainer.measure, device))
     batches, faults = trainer.batches(start), dist.faults()
-    logged, failed_saves = start, 0
+    logged, failed_saves, looked = start, 0, False
+    times.read()
     for step in range(start + 1, plan.steps + 1):
         watch.at(step, "data")
-        waiting = time.perf_counter()
-        micro_batches = broken(dist.strike(step, "step", faults), next(batches))
-        clock.add_wait(time.perf_counter() - waiting)
+        with times.host("data"):
+            micro_batches = broken(dist.strike(step, "step", faults), next(batches))
         samples = describe_samples(micro_batches)
         watch.at(step, "agreement", samples)
-        request = agreement.ask(samples)
-        stragglers.add(request.last_rank, request.late_s)
+        with times.host("agreement"):
+            request = agreement.ask(samples)
+        if not looked:  # else rank 0 has decoded videos meanwhile
+            stragglers.add(request.last_rank, request.late_s)
+        last = request.quit or step == plan.steps
+        logs = last or step % options.metrics.log_every == 0
         watch.at(step, "forward and backward", samples)
-        taken = trainer.step([batch.to(device) for batch in micro_batches], meter)
+        with profiler.around(step):
+            taken = trainer.step(
+                [batch.to(device) for batch in micro_batches],
+                meter,
+                times,
+                measure_delta=logs and options.metrics.weight_delta and not plan.offloads_optimizer,
+            )
         data_meter.add(micro_batches, taken.tokens)
         watch.at(step, "log", samples)
         if not taken.updated:
             skipped.add(step, taken, trainer.grad_norm)
         else:
             skipped.clear()
-        last = request.quit or step == plan.steps
-        if last or step % options.metrics.log_every == 0:
-            loss, by_sigma = meter.read()
-            seconds, waited = clock.read()
-            tokens, of_data = data_meter.read()
+        if logs:
+            lost, counted = meter.read(), data_meter.read()
+            seconds, parts = times.read()
             late, warned = stragglers.read(seconds)
+            seconds -= sum(parts.get(part, 0.0) for part in BESIDE)
             scalars = {
-                "train/loss": loss,
+                **losses(lost, dataset_names(plan)),
                 "train/lr": trainer.engine.get_lr()[0],
                 "train/grad_norm": trainer.grad_norm,
                 "train/skipped_steps": float(trainer.skipped_steps),
-                "perf/step_time": seconds / (step - logged),
-                "perf/tokens_per_s": tokens / seconds,
-                "perf/data_wait": waited / seconds,
-                **{f"train/loss_by_sigma/q{index}": value for index, value in by_sigma.items()},
-                **of_data,
+                **({} if taken.weight_delta is None else {"train/weight_delta_norm": taken.weight_delta}),
+                **speed(counted, seconds, parts, step - logged, plan.topology.world_size, peak),
+                **counted.curves,
                 **late,
+                **profiler.take(),
                 **peak_memory(device),
             }
             log.step(step, scalars, seconds / (step - logged))
             if warned and step > start + 1:  # the first step waits for what each rank builds
                 dist.say(warned)
             logged = step
+        if validation is not None and (last or step % options.validation.every == 0):
+            watch.at(step, "validation")
+            with times.host("validation"):
+                log.scalars(step, validation.run(trainer.measure, device))
+                if trainer.average is not None:
+                    with trainer.averaged():
+                        averaged = validation.run(trainer.measure, device)
+                    log.scalars(
+                        step, {tag.replace("eval/", "eval_ema/", 1): each for tag, each in averaged.items()}
+                    )
+        looked = previews is not None and (last or step % options.sample.every == 0)
+        if looked and previews is not None:
+            watch.at(step, "samples")
+            with times.host("samples"):
+                show(trainer, previews, log, step, folder)
         due = options.checkpoint.save_every and step % options.checkpoint.save_every == 0
         if last or due or request.reason:
             watch.at(step, "save", samples)
             if request.reason:
                 dist.say(f"saving step {step}: {request.reason}")
-            saver.finish()
+            with times.host("save"):
+                saver.finish()
             failed_saves = report_saves(saver, log, step, failed_saves)
             if failed_saves >= FAILED_SAVES:
                 raise cli.RunFailed(f"{failed_saves} checkpoints in a row could not be saved; see above")
-            saver.start(step, trainer.fragments(), trainer.state())
+            with times.host("save"):
+                saver.start(step, trainer.fragments(), trainer.state())
             agreement.saved()
         failed_saves = report_saves(saver, log, step, failed_saves)
         if last:
             break
     watch.at(step, "end")
+    profiler.close()
     saver.finish()
     failed_saves = report_saves(saver, log, step, failed_saves)
     log.close()
@@ -222,6 +264,106 @@ def loop(trainer: "Trainer", start: int, folder: Path, warning: dist.PreemptionW
         dist.say(f"{request.reason} at step {step} of {plan.steps}; the same command goes on from here")
     else:
         dist.say(f"finished {plan.steps} steps; curves: tensorboard --logdir {folder / 'tensorboard'}")
+
+
+def hold_out(trainer: "Trainer") -> Validation | None:
+    """Return what validates a run, None for none. Raises cli.UserError where its samples cannot be read."""
+    plan = trainer.plan
+    if plan.held_out is None:
+        return None
+    try:
+        validation = Validation(
+            plan.held_out,
+            plan.flow,
+            plan.config.validation,
+            plan.topology,
+            dp_rank=trainer.dp_rank,
+            micro_batch=plan.config.micro_batch,
+            clean_frames=plan.clean_frames,
+            text_len=plan.variant.config.text_len,
+        )
+    except ValueError as error:
+        raise cli.UserError(f"--validation.path: {error}") from None
+    dist.say(validation.describe())
+    return validation
+
+
+def choose_previews(trainer: "Trainer") -> Previews | None:
+    """Return the videos that a run samples on the way, None for none. Raises cli.UserError where a stored
+    sample cannot be read, cli.RunFailed where the text encoder cannot."""
+    plan, options = trainer.plan, trainer.plan.config.sample
+    if not options.every:
+        return None
+    wan, store = plan.variant.config, plan.held_out or plan.data
+    try:
+        if options.prompts:
+            longest = max(plan.data.shapes, key=math.prod)
+            starts, empty = prompted_previews(options, tuple(longest), wan.text_len, wan.text_dim)
+        else:
+            starts = stored_previews(store, options, wan.text_len)
+            empty = pad_text(store.empty_text, wan.text_len)
+    except ValueError as error:
+        raise cli.UserError(f"--sample.*: {error}") from None
+    except RuntimeError as error:
+        raise cli.RunFailed(str(error)) from None
+    dist.say(f"samples: {len(starts)} videos every {options.every} steps, the end included")
+    return Previews(
+        options,
+        starts,
+        empty,
+        shift=plan.config.flow.shift,
+        codec=chosen_codec(options, plan.codec),
+        clean_frames=plan.clean_frames,
+        dp_rank=trainer.dp_rank,
+        dp_size=plan.topology.dp_size,
+        cp_size=plan.topology.cp_size,
+    )
+
+
+def show(trainer: "Trainer", previews: Previews, log: RunLog, step: int, folder: Path) -> None:
+    """Sample the videos with the weights, and the moving average where there is one, and show them;
+    collective. What cannot be decoded or written is said, and the training goes on."""
+    latents = {"samples": previews.sample(trainer.velocity, trainer.device)}
+    if trainer.average is not None:
+        with trainer.averaged():
+            latents["samples_ema"] = previews.sample(trainer.velocity, trainer.device)
+    if not dist.is_main():
+        return
+    try:
+        stored = previews.stored()
+        columns = {} if stored is None else {"stored": previews.decode(stored, trainer.device)}
+        columns |= {title: previews.decode(some, trainer.device) for title, some in latents.items()}
+        sheet = previews.write(folder / "samples" / f"step_{step:07d}", columns)
+        log.picture(step, "samples/contact_sheet", png(sheet), sheet.height, sheet.width)
+        for title, videos in columns.items():
+            for number, frames in enumerate(videos):
+                height, width = frames.shape[1:3]
+                log.picture(step, f"{title}/{number:02d}", previews.animation(frames), height, width)
+    except (ValueError, OSError, RuntimeError) as error:  # of the last, one is a GPU without memory
+        dist.say(f"warning: no samples of step {step}: {str(error).partition(chr(10))[0]}")
+
+
+def dataset_names(plan: Plan) -> list[str]:
+    """Return a short name of each dataset that is trained on."""
+    return plan.data.names if isinstance(plan.data, Mixture) else [""]
+
+
+def losses(lost: LossReading, datasets: list[str]) -> dict[str, float]:
+    """Return the points of the loss curves; those by dataset where there are several."""
+    of_datasets = {datasets[number]: value for number, value in lost.by_dataset.items()}
+    return {
+        "train/loss": lost.loss,
+        **{f"train/loss_by_sigma/q{index}": value for index, value in lost.by_sigma.items()},
+        **{f"train/weighted_loss_by_sigma/q{index}": each for index, each in lost.weighted_by_sigma.items()},
+        **{f"train/loss_by_dataset/{name}": value for name, value in of_datasets.items()},
+    }
+
+
+def gpu_peak(given: float | None, device: torch.device) -> float | None:
+    """Return the FLOP/s that one GPU could do at best, None where nobody knows."""
+    if given is not None:
+        return given * 1e12
+    return peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def report_saves(saver: Saver, log: RunLog, step: int, failed: int) -> int:

@@ -4,6 +4,7 @@ Which steps there are, when one is saved and what is said about it is megawan/tr
 what tools/replay_step.py takes.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,14 +19,17 @@ from megawan import engine as engines
 from megawan.checkpoint import EMA, Fragment, StepWeights
 from megawan.data.batch import Batch
 from megawan.data.loader import make_loader
+from megawan.data.streams import dataset_of
 from megawan.ema import ShardedEma
-from megawan.flow.loss import flow_loss
+from megawan.flow.loss import FlowLoss, FlowSample, flow_loss
 from megawan.metrics import LossMeter
 from megawan.models.attention import select_attention
 from megawan.models.layouts import TensorSource
-from megawan.models.wan import LEAF_MODULES, WanModel, patchify, token_grid
+from megawan.models.wan import LEAF_MODULES, WanModel, patchify, token_grid, unpatchify
 from megawan.parallel.context import ContextParallel
 from megawan.plan import Plan
+from megawan.previews import Preview
+from megawan.step_times import StepTimes
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,8 @@ class Taken:
     updated: bool
     """Whether the weights moved; the same on all ranks."""
     drawn: list[Drawn]
+    weight_delta: float | None = None
+    """L2 norm of what the step changed in the fp32 masters of all ranks, where it was asked for."""
 
 
 class Trainer:
@@ -170,46 +176,94 @@ class Trainer:
         """This rank's data-parallel place, which its context-parallel group shares."""
         return self.plan.topology.coordinates(torch_dist.get_rank())[0]
 
-    def step(self, micro_batches: Sequence[Batch], meter: LossMeter) -> Taken:
+    def step(
+        self,
+        micro_batches: Sequence[Batch],
+        meter: LossMeter,
+        times: StepTimes | None = None,
+        measure_delta: bool = False,
+    ) -> Taken:
         """Take one optimizer step over `micro_batches`, on this device.
 
         The specification's §2, one t per sample: draw sigma and noise, noise the latents, predict the
         velocity, weighted MSE. All ranks of a context-parallel group draw the same and each takes the loss
-        of its own tokens.
+        of its own tokens. `measure_delta`: also say how far the step moved the masters; they are held twice
+        while the optimizer works.
         """
-        options, patch = self.plan.config, self.plan.variant.config.patch_size
-        tokens, updated, drawn = 0, True, list[Drawn]()
-        for batch in micro_batches:
-            sample = self.plan.flow.sample(
-                batch.latents,
-                seed=options.seed,
-                sample_ids=batch.sample_ids,
-                epochs=batch.epochs,
-                clean_frames=self.plan.clean_frames,
+        options, times = self.plan.config, times or StepTimes(self.device)
+        tokens, updated, drawn, before = 0, True, list[Drawn](), list[Tensor]()
+        for turn, batch in enumerate(micro_batches, start=1):
+            with times.device("forward"):
+                sample = self.plan.flow.sample(
+                    batch.latents,
+                    seed=options.seed,
+                    sample_ids=batch.sample_ids,
+                    epochs=batch.epochs,
+                    clean_frames=self.plan.clean_frames,
+                )
+                result, valid_tokens = self._compare(batch, sample)
+            meter.add(
+                result.loss, result.per_sample, sample.sigma, sample.weight, dataset_of(batch.sample_ids)
             )
-            pred = self.engine(
-                sample.x_t,
-                sample.timestep,
-                batch.text,
-                context=self.context,
-                clean_frames=sample.clean_frames,
-                clip=batch.clip,
-                condition=batch.condition,
-            )
-            valid, valid_tokens = loss_tokens(batch.latents, patch, sample.clean_frames, self.context)
-            target = self.context.shard(patchify(sample.target, patch))
-            result = flow_loss(
-                pred, target, sample.weight, valid=valid, valid_tokens=valid_tokens, cp_size=self.context.size
-            )
-            meter.add(result.loss, result.per_sample, sample.sigma)
             drawn.append(Drawn(batch, sample.sigma, result.per_sample))
-            self.engine.backward(self._bounded(result.loss, result.per_sample))
-            updated = engines.optimizer_step(self.engine, options.optim.grad_clip)
+            with times.device("backward"):
+                self.engine.backward(self._bounded(result.loss, result.per_sample))
+            if measure_delta and turn == len(micro_batches):
+                before = [master.detach().clone() for master in engines.master_buffers(self.engine)]
+            with times.device("optimizer"):
+                updated = engines.optimizer_step(self.engine, options.optim.grad_clip)
             tokens += batch.latents.shape[0] * valid_tokens
         self.steps_done += 1
         if updated and self.average is not None:
             self.average.update(engines.master_buffers(self.engine), self.steps_done - self.skipped_steps)
-        return Taken(tokens, updated, drawn)
+        return Taken(tokens, updated, drawn, engines.distance(self.engine, before) if before else None)
+
+    def _compare(self, batch: Batch, sample: FlowSample) -> tuple[FlowLoss, int]:
+        """Return the loss of the model's velocity on this rank's tokens, and how many tokens with loss the
+        whole video has."""
+        patch = self.plan.variant.config.patch_size
+        pred = self.engine(
+            sample.x_t,
+            sample.timestep,
+            batch.text,
+            context=self.context,
+            clean_frames=sample.clean_frames,
+            clip=batch.clip,
+            condition=batch.condition,
+        )
+        valid, valid_tokens = loss_tokens(batch.latents, patch, sample.clean_frames, self.context)
+        target = self.context.shard(patchify(sample.target, patch))
+        loss = flow_loss(
+            pred, target, sample.weight, valid=valid, valid_tokens=valid_tokens, cp_size=self.context.size
+        )
+        return loss, valid_tokens
+
+    @torch.no_grad()
+    def measure(self, batch: Batch, sample: FlowSample) -> Tensor:
+        """Return the unweighted mse [B] of this rank's tokens times cp_size; nothing of the training
+        changes."""
+        return self._compare(batch, sample)[0].per_sample
+
+    @torch.no_grad()
+    def velocity(self, preview: Preview, x_t: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        """Return the whole velocity [1, C, T, H, W] on every rank of the context-parallel group."""
+        tokens = self.engine(
+            x_t,
+            timestep,
+            text,
+            context=self.context,
+            clean_frames=self.plan.clean_frames,
+            clip=preview.clip,
+            condition=preview.condition,
+        )
+        patch = self.plan.variant.config.patch_size
+        grid = token_grid(tuple(x_t.shape[1:]), patch)
+        return unpatchify(self.context.gather(tokens, math.prod(grid)), grid, patch)
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Return a block inside which the model has the moving average's weights; collective."""
+        assert self.average is not None
+        return engines.other_weights(self.engine, self.average.buffers)
 
     def _bounded(self, loss: Tensor, mse: Tensor) -> Tensor:
         """Return the loss, not a number when a video's is above --optim.max_loss: the gradient norm of the

@@ -9,6 +9,7 @@ from megawan import dist
 from megawan.metrics import LossMeter, MetricsOptions, RunLog
 
 MicroBatch = tuple[float, list[float], list[float]]
+Reading = tuple[float, dict[int, float], dict[int, float], dict[int, float]]
 
 # (loss, mse of each sample, sigma of each sample): exact in float32; both ends, and bins of one rank.
 MICRO_BATCHES: tuple[tuple[MicroBatch, ...], ...] = (
@@ -23,13 +24,29 @@ def scalars(step: int) -> dict[str, float]:
     return {name: step + place / 8 for place, name in enumerate(names)}
 
 
-def readings(batches: tuple[MicroBatch, ...]) -> list[tuple[float, dict[int, float]]]:
+def weights(sigma: list[float]) -> list[float]:
+    """Return a weight for each sample."""
+    return [2.0 + each for each in sigma]
+
+
+def datasets(mse: list[float]) -> list[int]:
+    """Return which of three datasets each sample is of; none is of the second."""
+    return [0 if each < 5 else 2 for each in mse]
+
+
+def readings(batches: tuple[MicroBatch, ...]) -> list[Reading]:
     """Return two readings of one meter: after all the batches, and after the first of them again."""
-    meter, found = LossMeter(torch.device("cpu")), []
+    meter, found = LossMeter(torch.device("cpu"), datasets=3), []
     for given in (batches, batches[:1]):
         for loss, per_sample, sigma in given:
-            meter.add(torch.tensor(loss, requires_grad=True), torch.tensor(per_sample), torch.tensor(sigma))
-        found.append(meter.read())
+            meter.add(
+                torch.tensor(loss, requires_grad=True),
+                torch.tensor(per_sample),
+                torch.tensor(sigma),
+                torch.tensor(weights(sigma)),
+                torch.tensor(datasets(per_sample)),
+            )
+        found.append(tuple(meter.read()))
     return found
 
 

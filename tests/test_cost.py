@@ -297,33 +297,6 @@ def test_one_rank_sends_nothing() -> None:
     assert cost.gather_bytes(1_000, 1) == 0
 
 
-@pytest.mark.parametrize(
-    ("name", "teraflops"),
-    [
-        ("NVIDIA H200", 989),
-        ("NVIDIA H100 80GB HBM3", 989),
-        ("NVIDIA H100 PCIe", 756),
-        ("NVIDIA H20", 148),
-        ("NVIDIA GH200 480GB", 989),
-        ("NVIDIA A100-SXM4-80GB", 312),
-        ("NVIDIA A800-SXM4-80GB", 312),
-        ("NVIDIA A10", 125),
-        ("NVIDIA B200", 2250),
-        ("NVIDIA GB200", 2500),
-        ("NVIDIA L40S", 362),
-        ("NVIDIA L4", 121),
-        ("AMD Instinct MI300X", 1307),
-    ],
-)
-def test_peak_by_device_name(name: str, teraflops: float) -> None:
-    assert cost.peak_flops(name) == pytest.approx(teraflops * 1e12)
-
-
-@pytest.mark.parametrize("name", ["NVIDIA RTX A4000", "NVIDIA A10G", "Tesla V100-SXM2-32GB", "cpu", ""])
-def test_an_unknown_device_has_no_peak(name: str) -> None:
-    assert cost.peak_flops(name) is None
-
-
 def test_mfu_of_a_published_run() -> None:
     # Wan 14B at 37,440 tokens on 128 H100: 325.77 TFLOP/s a GPU was printed as 32.9 %.
     assert cost.mfu(325.77e12 * 128 * 2.0, 2.0, 128, 989e12) == pytest.approx(0.329, abs=5e-4)

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from megawan import metrics
-from megawan.metrics import SIGMA_BINS, Clock, MetricsOptions, RunLog
+from megawan.metrics import SIGMA_BINS, DataReading, MetricsOptions, RunLog, speed
+from megawan.step_times import StepTimes
 from tests.dist_workers import world_of_one
 from tests.distributed import run_distributed
-from tests.metrics_workers import MICRO_BATCHES, MicroBatch, readings, scalars
+from tests.metrics_workers import MICRO_BATCHES, MicroBatch, Reading, datasets, readings, scalars, weights
 
 
 @pytest.fixture(scope="module")
@@ -35,25 +36,34 @@ def alone() -> Iterator[None]:
         yield
 
 
-def by_hand(batches: list[MicroBatch]) -> tuple[float, dict[int, float]]:
-    """Return the mean loss over micro-batches and the mean mse of the samples of each tenth of sigma."""
-    bins = defaultdict(list)
+def by_hand(batches: list[MicroBatch]) -> Reading:
+    """Return the mean loss over micro-batches, the mean mse and weighted mse of the samples of each tenth of
+    sigma, and the mean weighted mse of each dataset's samples."""
+    bins, weighted, of_dataset = defaultdict(list), defaultdict(list), defaultdict(list)
     for _, per_sample, sigma in batches:
-        for value, place in zip(per_sample, sigma, strict=True):
-            bins[min(int(place * SIGMA_BINS), SIGMA_BINS - 1)].append(value)
+        for value, place, weight, number in zip(
+            per_sample, sigma, weights(sigma), datasets(per_sample), strict=True
+        ):
+            tenth = min(int(place * SIGMA_BINS), SIGMA_BINS - 1)
+            bins[tenth].append(value)
+            weighted[tenth].append(value * weight)
+            of_dataset[number].append(value * weight)
     loss = sum(batch[0] for batch in batches) / len(batches)
-    return loss, {place: sum(values) / len(values) for place, values in sorted(bins.items())}
+    return loss, means(bins), means(weighted), means(of_dataset)
 
 
-def near(reading: tuple[float, dict[int, float]]) -> list[Any]:
-    loss, bins = reading
-    return [pytest.approx(loss, rel=1e-6), pytest.approx(bins, rel=1e-6)]
+def means(values: dict[int, list[float]]) -> dict[int, float]:
+    return {place: sum(some) / len(some) for place, some in sorted(values.items())}
+
+
+def near(reading: Reading) -> list[Any]:
+    return [pytest.approx(part, rel=1e-6) for part in reading]
 
 
 def test_the_meter_reads_means_and_starts_anew(alone: None) -> None:
     for batches in MICRO_BATCHES:
         wanted = [by_hand(list(batches)), by_hand(list(batches[:1]))]
-        assert len(wanted[0][1]) > 2 and wanted[0] != wanted[1]
+        assert len(wanted[0][1]) > 2 and wanted[0] != wanted[1] and wanted[0][3].keys() == {0, 2}
         assert [list(reading) for reading in readings(batches)] == [near(one) for one in wanted]
 
 
@@ -61,7 +71,10 @@ def test_the_meter_of_two_ranks_reads_the_mean_of_all_samples(seen: list[dict[st
     first, second = MICRO_BATCHES
     wanted = [near(by_hand([*first, *second])), near(by_hand([first[0], second[0]]))]
     for one in seen:
-        found = [[loss, {int(key): value for key, value in bins.items()}] for loss, bins in one["meter"]]
+        found = [
+            [loss, *({int(key): value for key, value in part.items()} for part in parts)]
+            for loss, *parts in one["meter"]
+        ]
         assert found == wanted
 
 
@@ -112,15 +125,34 @@ def test_the_progress_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_clock_starts_anew_at_every_reading() -> None:
-    clock, before = Clock(), time.perf_counter()
-    clock.add_wait(0.25)
-    clock.add_wait(0.5)
-    time.sleep(0.02)
-    elapsed, waited = clock.read()
-    assert 0.02 <= elapsed <= time.perf_counter() - before + 0.01 and waited == 0.75
-    again, waited = clock.read()
-    assert again < elapsed and waited == 0
+def test_times_start_anew_at_every_reading() -> None:
+    times, before = StepTimes(torch.device("cpu")), time.perf_counter()
+    for part, seconds in (("data", 0.01), ("forward", 0.02), ("data", 0.01)):
+        with times.host(part) if part == "data" else times.device(part):
+            time.sleep(seconds)
+    elapsed, parts = times.read()
+    assert 0.04 <= elapsed <= time.perf_counter() - before + 0.01
+    assert parts.keys() == {"data", "forward"} and min(parts.values()) >= 0.02
+    assert sum(parts.values()) <= elapsed
+    again, parts = times.read()
+    assert again < elapsed and parts == {}
+
+
+def test_speed_is_that_of_the_whole_world() -> None:
+    """4 ranks, 2 steps in 8 s, 1e12 FLOP/s at best: 8e12 of the 32e12 that they could have done."""
+    counted = DataReading(tokens=400, model_flops=8e12, hardware_flops=16e12, curves={})
+    found = speed(counted, 8.0, {"data": 2.0, "forward": 4.0}, 2, 4, 1e12)
+    assert found == {
+        "perf/step_time": 4.0,
+        "perf/tokens_per_s": 50.0,
+        "perf/tflops_per_gpu": 0.25,
+        "perf/mfu": 0.25,
+        "perf/hfu": 0.5,
+        "perf/data_wait": 0.25,
+        "perf/time_data": 1.0,
+        "perf/time_forward": 2.0,
+    }
+    assert "perf/mfu" not in speed(counted, 8.0, {}, 2, 4, None)
 
 
 def test_env_json_holds_nothing_of_the_shells_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ COMMON = (
     "--steps=3", "--seed=3", "--data.num_frames=9", "--data.height=48", "--data.width=80",
     "--data.prompt_dropout=0.3", "--optim.learning_rate=1e-3", "--optim.warmup_steps=2",
     "--optim.grad_clip=0.05", "--optim.eps=1e-6",
+    "--validation.every=1", "--validation.samples=3", "--validation.levels=5",
 )  # fmt: skip
 TI2V = ("--model.variant=debug-ti2v", "--data.height=64", "--data.width=96")
 
@@ -66,7 +67,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         cases[f"{source} until 2"] = {"argv": [*COMMON, *CASES[source]], "stop": 2}
     for name, (layout, source) in RESUMED.items():
         folder = root / f"{source} until 2" / "step_0000002"
-        cases[name] = {"argv": [*COMMON, *CASES[layout]], "resume": str(folder)}
+        # Looking at held-out samples on the way must not change a bit of what is trained.
+        cases[name] = {"argv": [*COMMON, *CASES[layout]], "resume": str(folder), "look": True}
     (results, *_) = run_distributed(
         "tests.training_workers:train_cases", 2, timeout=300, arguments={"cases": cases, "output": str(root)}
     )
@@ -88,6 +90,7 @@ def test_every_layout_trains_the_reference_run(
     wanted, found = references[name.startswith("ti2v")], trained[name]
     assert found["losses"] == pytest.approx(wanted.losses, rel=1e-5)
     assert found["grad_norms"] == pytest.approx(wanted.grad_norms, rel=1e-5)
+    assert found["held_out"] == pytest.approx(wanted.held_out, rel=1e-5)
     saved = checkpoint.StepWeights(Path(found["folder"]))
     assert sorted(saved.keys()) == sorted(wanted.masters)
     moments = {name: value.flatten() for name, value in wanted.exp_avg.items()}

@@ -7,11 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from megawan import config, optim
+from megawan.data.batch import pad_text
 from megawan.data.loader import make_loader
 from megawan.dist import Environment
 from megawan.models.wan import WanModel, patchify
 from megawan.parity import LivelyWeights
 from megawan.plan import Plan, make_plan
+from megawan.rng import generator_at
 
 
 def lively(plan: Plan) -> LivelyWeights:
@@ -34,6 +36,8 @@ class Reference:
     grad_norms: list[float]
     masters: dict[str, Tensor]
     exp_avg: dict[str, Tensor]
+    held_out: dict[str, float]
+    """What validation says of the weights after the last step."""
 
 
 def reference_run(plan: Plan) -> Reference:
@@ -99,4 +103,59 @@ def reference_run(plan: Plan) -> Reference:
         grad_norms,
         {name: parameter.detach() for name, parameter in model.named_parameters()},
         {name: optimizer.state[parameter]["exp_avg"] for name, parameter in model.named_parameters()},
+        reference_validation(model, plan),
     )
+
+
+@torch.no_grad()
+def reference_validation(model: WanModel, plan: Plan) -> dict[str, float]:
+    """Return the validation of a float64 model sample by sample, written out.
+
+    Of M samples at J levels, the i-th at level j is at sigma (j + ((i + j) mod M + 0.5) / M) / J.
+    """
+    store, asked, wan = plan.held_out, plan.config.validation, plan.variant.config
+    assert store is not None
+    chosen = torch.randperm(len(store), generator=generator_at(0, "validation"))[: asked.samples].tolist()
+    samples, count = [store[index] for index in sorted(chosen)], asked.samples
+    means = torch.stack([sample.latents.double() for sample in samples]).mean(dim=(0, 2, 3, 4))
+    rows = []  # level, sigma, mse, mse of the constant answer
+    for i, (index, sample) in enumerate(zip(sorted(chosen), samples, strict=True)):
+        for j in range(asked.levels):
+            sigma = (j + ((i + j) % count + 0.5) / count) / asked.levels
+            x0 = sample.latents.double()
+            generator = generator_at(0, "validation", index, j)
+            noise = torch.randn(x0.shape, generator=generator).double()
+            x_t = (1 - sigma) * x0 + sigma * noise
+            x_t[:, : plan.clean_frames] = x0[:, : plan.clean_frames]
+            pred = model(
+                x_t[None],
+                torch.tensor([1000 * sigma], dtype=torch.float64),
+                pad_text(sample.text, wan.text_len)[None].double(),
+                clean_frames=plan.clean_frames,
+            )
+            target = (noise - x0)[None]
+            error = (pred - patchify(target, wan.patch_size)).square()
+            mse = error.unflatten(1, (x0.shape[1], -1))[:, plan.clean_frames :].mean()
+            constant = (target[0, :, plan.clean_frames :] + means[:, None, None, None]).square().mean()
+            rows.append((j, sigma, float(mse), float(constant)))
+    grid = plan.flow.scheduler
+    loss = 0.0
+    for j in range(asked.levels):
+        inside = (grid.sigmas * asked.levels).long().clamp(max=asked.levels - 1) == j
+        here = [
+            mse * float(grid.training_weights[grid.nearest_id(torch.tensor([1000 * sigma]))])
+            for level, sigma, mse, _ in rows
+            if level == j
+        ]
+        loss += float(inside.double().mean()) * sum(here) / len(here)
+    found = {
+        "eval/loss": loss,
+        "eval/mse": sum(row[2] for row in rows) / len(rows),
+        "eval/normalized": sum(row[2] for row in rows) / sum(row[3] for row in rows),
+    }
+    for tenth in sorted({int(10 * row[1]) for row in rows}):
+        of_tenth = [row for row in rows if int(10 * row[1]) == tenth]
+        mse = sum(row[2] for row in of_tenth)
+        found[f"eval/mse_by_sigma/q{tenth}"] = mse / len(of_tenth)
+        found[f"eval/normalized_by_sigma/q{tenth}"] = mse / sum(row[3] for row in of_tenth)
+    return found

@@ -16,6 +16,7 @@ def train_cases(cases: dict[str, dict[str, Any]], output: str) -> dict[str, Any]
     """Train every case (name → flags) in this one group; return losses and gradient norms, and save its
     state."""
     from megawan import saving
+    from megawan.train import hold_out
     from megawan.trainer import Trainer
 
     place = dist.environment()
@@ -37,7 +38,11 @@ def train_cases(cases: dict[str, dict[str, Any]], output: str) -> dict[str, Any]
         batches = trainer.batches(start)
         meter = LossMeter(device)
         losses, norms = [], []
+        validation = hold_out(trainer)
+        assert validation is not None
         for _ in range(start, case.get("stop", plan.steps)):
+            if case.get("look"):
+                validation.run(trainer.measure, device)
             trainer.step(next(batches), meter)
             losses.append(meter.read()[0])
             norms.append(trainer.grad_norm)
@@ -48,7 +53,13 @@ def train_cases(cases: dict[str, dict[str, Any]], output: str) -> dict[str, Any]
             trainer.state(),
             CheckpointOptions(keep_last=0),
         )
-        results[name] = {"losses": losses, "grad_norms": norms, "folder": str(folder), "start": start}
+        results[name] = {
+            "losses": losses,
+            "grad_norms": norms,
+            "folder": str(folder),
+            "start": start,
+            "held_out": validation.run(trainer.measure, device),
+        }
         trainer.engine.destroy()
     dist.shutdown()
     return results

@@ -95,6 +95,8 @@ def main(argv: Sequence[str]) -> None:
             raise ValueError(f"--workers {options.workers} must be 0 or more")
         if options.histogram is not None and options.histogram.suffix.lower() != ".png":
             raise ValueError(f"--histogram {options.histogram} must end in .png")
+        if options.histogram is not None and not options.histogram.parent.is_dir():  # not after hours
+            raise ValueError(f"--histogram {options.histogram}: no folder {options.histogram.parent}")
         variant = get_variant(options.variant)
         size = clip_size(options, variant.vae_stride, still_images=variant.task != "flf2v")
         manifest = read_manifest(

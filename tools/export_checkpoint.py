@@ -1,8 +1,8 @@
 """Write a training checkpoint as weights that Wan's own code, diffusers, DiffSynth and ComfyUI open.
 
-python tools/export_checkpoint.py --input runs/my14b --output my14b --layout native python
-tools/export_checkpoint.py --input runs/a14b-high --low_noise runs/a14b-low --output a14b --layout
-diffusers
+    python tools/export_checkpoint.py --input runs/my14b --output my14b --layout native
+    python tools/export_checkpoint.py --input runs/a14b-high --low_noise runs/a14b-low --output a14b \\
+        --layout diffusers
 """
 
 import shlex

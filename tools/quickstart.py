@@ -25,6 +25,7 @@ from megawan.cli import UserError, parse, run
 PROG = "tools/quickstart.py"
 MARK = "quickstart.json"
 GLOBAL_BATCH = 16
+HELD_OUT = 24
 
 
 @dataclass(frozen=True)
@@ -52,24 +53,25 @@ def main(argv: Sequence[str]) -> None:
     clear(output)
     size = ["--num_frames", "9", "--height", "64", "--width", "64", "--fps", "16"]
     dataset, store, run_folder = output / "dataset", output / "latents", output / "run"
+    held_out, held_out_store = output / "held_out", output / "held_out_latents"
     exported, samples = output / "exported", output / "samples"
     started = time.monotonic()
     step("1. render toy clips", tool("make_toy_dataset", "--output", dataset))
     step(
-        "2. encode them to latents",
-        tool(
-            "encode_dataset",
-            "--input",
-            dataset,
-            "--output",
-            store,
-            "--codec",
-            "dct",
-            "--text_encoder",
-            "debug",
-            *size,
-        ),
+        "   and others that are not trained on",
+        tool("make_toy_dataset", "--output", held_out, "--clips", HELD_OUT, "--seed", 1),
     )
+    for title, clips, latents in (
+        ("2. encode them to latents", dataset, store),
+        ("   and the others", held_out, held_out_store),
+    ):
+        step(
+            title,
+            tool(
+                *("encode_dataset", "--input", clips, "--output", latents),
+                *("--codec", "dct", "--text_encoder", "debug", *size),
+            ),
+        )
     step(
         f"3. train the debug Wan on {ranks} rank{'s' if ranks > 1 else ''}",
         [
@@ -81,7 +83,7 @@ def main(argv: Sequence[str]) -> None:
             *("--model.recompute", "full", "--steps", options.steps, "--data.prompt_dropout", "0.1"),
             *("--optim.learning_rate", "3e-3", "--optim.beta2", "0.99"),
             *("--optim.schedule", "cosine", "--optim.warmup_steps", "20"),
-            *("--metrics.log_every", "25"),
+            *("--metrics.log_every", "25", "--validation.path", held_out_store, "--validation.every", "250"),
         ],
     )
     step(

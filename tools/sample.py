@@ -1,9 +1,9 @@
 """Sample videos from captions: Euler steps with classifier-free guidance, decoded to mp4, with one contact
 sheet.
 
-    python tools/sample.py --weights my_model --prompts "a red circle moving right" --output samples python
-    tools/sample.py --weights my_model --store my_latents --captions 12 --dataset my_videos --untrained
-    --output samples
+    python tools/sample.py --weights my_model --prompts "a red circle moving right" --output samples
+    python tools/sample.py --weights my_model --store my_latents --captions 12 --dataset my_videos \\
+        --untrained --output samples
 
 Give --store to take size, codec and text encoder from the latents that the model was trained on.
 """

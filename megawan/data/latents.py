@@ -10,6 +10,7 @@ the difference.
 """
 
 import hashlib
+import itertools
 import json
 import shutil
 from collections.abc import Mapping
@@ -196,6 +197,9 @@ class StoreWriter:
             ) from None
         if header is None:
             raise ValueError(f"{file}: not a shard of a latent store; give a new folder")
+        fields = header if isinstance(header, dict) else {}
+        if not isinstance(fields.get("settings"), dict) or not _are_rows(fields.get("rows")):
+            raise ValueError(f"{file}: its header is not a latent store's; remove it to encode it again")
         difference = _difference(header["settings"], self.settings)
         if difference:
             raise ValueError(
@@ -243,8 +247,9 @@ class StoreWriter:
         if not self._pending:
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        taken = sum(name.startswith(self._prefix) for name in self._shards)
-        name = f"{self._prefix}{taken:05d}.safetensors"
+        # The first free name, not one by their number: a damaged shard may have been taken out.
+        names = (f"{self._prefix}{number:05d}.safetensors" for number in itertools.count())
+        name = next(name for name in names if name not in self._shards)
         header = {"settings": self.settings, "rows": self._pending_rows}
         write_tensors(self.path / name, self._pending, {FORMAT: json.dumps(header)})
         self._shards.append(name)
@@ -253,7 +258,7 @@ class StoreWriter:
 
     def finish(self, order: list[str], empty_text: Tensor) -> LatentStore:
         """Write the empty prompt and the index, samples in the `order` of their keys, and return the finished
-        store."""
+        store. Raises ValueError naming a shard that is not what an earlier index says of it."""
         self.flush()
         self.path.mkdir(parents=True, exist_ok=True)
         write_tensors(
@@ -262,8 +267,9 @@ class StoreWriter:
         by_key = {row["key"]: row for row in self._rows}
         shards = {
             name: {"bytes": (self.path / name).stat().st_size, "sha256": sha256(self.path / name)}
-            for name in [*self._shards, EMPTY]
+            for name in [*sorted(self._shards), EMPTY]
         }
+        self._check_against_index(shards)
         index = {
             "format": FORMAT,
             "version": VERSION,
@@ -273,6 +279,21 @@ class StoreWriter:
         }
         write_json(self.path / INDEX, index)
         return LatentStore(self.path)
+
+    def _check_against_index(self, shards: Mapping[str, Mapping[str, Any]]) -> None:
+        """Raise ValueError where a shard decayed since an earlier call: a new index would vouch for it."""
+        try:
+            listed = _read_index(self.path)["shards"]
+            written = (self.path / INDEX).stat().st_mtime_ns
+        except (ValueError, OSError):  # none, or none that says anything
+            return
+        for name, entry in shards.items():
+            # One that is younger was taken out and encoded again.
+            old = name != EMPTY and (self.path / name).stat().st_mtime_ns <= written
+            if old and name in listed and listed[name]["sha256"] != entry["sha256"]:
+                raise ValueError(
+                    f"{self.path / name}: does not have the sha256 of the index; remove it to encode it again"
+                )
 
     def __enter__(self) -> "StoreWriter":
         return self
@@ -315,7 +336,38 @@ def _read_index(path: Path) -> dict[str, Any]:
     missing = [key for key in REQUIRED if key not in index]
     if missing or not index["samples"]:
         raise ValueError(f"{file}: has no {missing[0] if missing else 'samples'}")
+    settings, shards = index["settings"], index["shards"]
+    wrong = {
+        "settings": not isinstance(settings, dict)
+        or "codec" not in settings
+        or not all(_is_count(settings.get(name)) for name in ("latent_channels", "text_dim")),
+        "samples": not _are_rows(index["samples"])
+        or not all(isinstance(row.get("shard"), str) for row in index["samples"]),
+        "shards": not isinstance(shards, dict)
+        or not all(
+            isinstance(entry, dict) and {"bytes", "sha256"} <= set(entry) for entry in shards.values()
+        ),
+    }
+    if any(wrong.values()):
+        name = next(name for name, value in wrong.items() if value)
+        raise ValueError(f"{file}: its {name} are not those of a latent store; encode it again")
     return index
+
+
+def _are_rows(rows: Any) -> bool:
+    """Return whether these are samples as an index or a shard describes them."""
+    return isinstance(rows, list) and all(
+        isinstance(row, dict)
+        and all(isinstance(row.get(name), str) for name in ("key", "prompt", "source_sha256"))
+        and isinstance(row.get("shape"), list)
+        and len(row["shape"]) == 4
+        and all(_is_count(side) for side in row["shape"])
+        for row in rows
+    )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _inside(root: Path, name: str) -> Path:

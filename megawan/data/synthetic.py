@@ -34,6 +34,7 @@ class SyntheticLatents:
         self.fingerprint = f"synthetic-{shape}-{text_dim}-{text_len}-{seed}-{count}"
         if condition_channels or clip:
             self.fingerprint += f"-{condition_channels}-{clip}"
+        self._clip = clip
         self._extras: dict[str, tuple[int, ...]] = {}
         if condition_channels:
             self._extras["condition"] = (condition_channels, *shape[1:])
@@ -41,6 +42,18 @@ class SyntheticLatents:
             self._extras["clip"] = clip
         self._text_len = text_len
         self._seed = seed
+
+    def another(self, seed: int) -> "SyntheticLatents":
+        """Return samples of the same shapes from another seed."""
+        return SyntheticLatents(
+            shape=self.shapes[0],
+            text_dim=self.text_dim,
+            text_len=self._text_len,
+            seed=seed,
+            count=len(self),
+            condition_channels=self._extras.get("condition", (0,))[0],
+            clip=self._clip,
+        )
 
     @property
     def streams(self) -> list[Stream]:

@@ -167,12 +167,15 @@ def open_weights(
     layout, native = native_tensors(tensors, where)
     found = inferred_config(native, where, place.config_file, config)
     variants = variant_names(found, metadata.get("variant"), place.expert)
+    asked = config is not None
     config = config or found
     filled = _plan_filling(native, found, config, where, seed) if initialise_missing else None
     if filled is None:
         try:
             _require_all(native, expected_shapes(config), where, found, config)
         except ValueError as error:
+            if not asked:  # no model is to start from them: a flag of training would mislead
+                raise
             raise ValueError(f"{error}{_filling_hint(native, found, config, where)}") from None
     return OpenedWeights(where, layout, config, variants, native, metadata, filled)
 
@@ -235,6 +238,8 @@ def _expert_folders(path: Path) -> dict[Expert, Path]:
 def _find(path: Path, expert: Expert | None) -> _Place:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
+    if not (path.is_file() or path.is_dir()):
+        raise ValueError(f"{path}: neither a file nor a folder (a pipe or a device?)")
     if path.is_file():
         kind: Literal["file", "index"] = "index" if path.name.endswith(INDEX_SUFFIX) else "file"
         return _Place(path, kind, (path,), _config_beside(path.parent), _expert_of(path.parent))

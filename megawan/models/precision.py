@@ -32,10 +32,11 @@ class _WideLinear(torch.autograd.Function):
         return F.linear(wide(x), wide(weight), wide(bias))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         x, weight = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])
-        grad_x = (grad @ wide(weight)).to(x.dtype)
+        # The sinusoids of the time need none.
+        grad_x = (grad @ wide(weight)).to(x.dtype) if ctx.needs_input_grad[0] else None
         grad_weight = (rows.t() @ wide(x).reshape(-1, x.shape[-1])).to(weight.dtype)
         return grad_x, grad_weight, rows.sum(0).to(ctx.bias_dtype)
 

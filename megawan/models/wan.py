@@ -325,7 +325,7 @@ class WanModel(nn.Module):
         self.recompute = parse_recompute(recompute, config.num_layers, offload)
         self.wide_residual = wide_residual
         self.rope = RopeTables(config.head_dim)
-        self._best: dict[tuple[str, torch.dtype], Attention] = {}
+        self._best: dict[tuple[str, torch.dtype, bool], Attention] = {}
         dim = config.dim
         self.patch_embedding = PatchEmbedding(config.in_dim, dim, config.patch_size)
         self.text_embedding = nn.Sequential(
@@ -452,15 +452,20 @@ class WanModel(nn.Module):
         clean_tokens = clean_frames // self.config.patch_size[0] * grid[1] * grid[2]
         clean = min(max(clean_tokens - start, 0), local)
         rope = self.rope.rows(grid, start, stop, local, device, torch.promote_types(dtype, torch.float32))
-        return TokenLayout(length, clean, rope, context, self._kernel(device, dtype))
+        return TokenLayout(length, clean, rope, context, self._kernel(device, dtype, context.ring_size > 1))
 
-    def _kernel(self, device: torch.device, dtype: torch.dtype) -> Attention:
-        """Return the kernel that was given, or the best one for this device and dtype."""
+    def _kernel(self, device: torch.device, dtype: torch.dtype, ring: bool) -> Attention:
+        """Return the kernel that was given, or the best one for this device and dtype.
+
+        A ring and a policy that keeps attention's result need one with a log-sum-exp.
+        """
         if self.attention is not None:
             return self.attention
-        key = (device.type, dtype)
+        key = (device.type, dtype, ring or self.recompute.needs_lse)
         if key not in self._best:
-            self._best[key] = select_attention("auto", device.type, dtype, head_dim=self.config.head_dim)
+            self._best[key] = select_attention(
+                "auto", device.type, dtype, head_dim=self.config.head_dim, need_lse=key[2]
+            )
         return self._best[key]
 
     def _check(

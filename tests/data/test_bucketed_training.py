@@ -68,7 +68,7 @@ def test_two_ranks_train_on_two_stores_of_several_shapes_and_replace_what_is_bad
     curves.Reload()
     order = GlobalOrder(mixed.streams, seed=0, global_batch=4, group=1)
     bad = [sum(place.sample_id == DATASET_STRIDE + 1 for place in order.step(step)) for step in range(7)]
-    assert [event.value for event in curves.Scalars("data/replaced")] == bad and sum(bad)
+    assert [event.value for event in curves.Scalars("data/bad_samples")] == bad and sum(bad)
     uneven = [event.value for event in curves.Scalars("data/imbalance")]
     assert max(uneven) > 1 and min(uneven) >= 1
 

@@ -250,3 +250,6 @@ def test_the_command_exits_with_0_1_or_2(tmp_path: Path) -> None:
     assert strict.code == 1 and "static" in strict.out and "a.mkv" not in strict.out
     wrong = command(*words, "--num_frames", "8", cwd=tmp_path)
     assert wrong.code == 2 and wrong.err.count("\n") == 1 and "--num_frames 8 must be 4n+1" in wrong.err
+    lost = command(*words, *size, "--histogram", "no/h.png", cwd=tmp_path)
+    # Before the clips are read, which may take hours.
+    assert lost.code == 2 and not lost.out and "--histogram no/h.png: no folder no" in lost.err

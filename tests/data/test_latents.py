@@ -1,12 +1,14 @@
 """The latent store: round trip, interruption, and every refusal."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
-from megawan.data.latents import LatentStore, StoreWriter
+from megawan.data.latents import FORMAT, LatentStore, StoreWriter
+from megawan.files import write_tensors
 
 SETTINGS = {"codec": "dct", "latent_channels": 16, "text_dim": 8, "num_frames": 9}
 
@@ -66,6 +68,57 @@ def test_an_interrupted_encode_continues_to_the_same_bytes(tmp_path: Path) -> No
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
 
 
+@pytest.mark.parametrize("taken_out", [0, 1, 3])
+def test_a_shard_that_is_taken_out_is_encoded_again_and_no_other_is_lost(
+    tmp_path: Path, taken_out: int
+) -> None:
+    write(tmp_path / "s", range(7))
+    whole = {file.name: file.read_bytes() for file in (tmp_path / "s").iterdir()}
+    (tmp_path / "s" / f"shard_{taken_out:05d}.safetensors").unlink()
+    write(tmp_path / "s", range(7))
+    now = {file.name: file.read_bytes() for file in (tmp_path / "s").iterdir()}
+    assert now == whole
+
+
+def test_a_shard_that_decayed_is_not_vouched_for_by_a_new_index(tmp_path: Path) -> None:
+    write(tmp_path / "s", range(4))
+    shard = tmp_path / "s" / "shard_00001.safetensors"
+    good, times = shard.read_bytes(), shard.stat()
+    shard.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
+    index = (tmp_path / "s" / "index.json").read_bytes()
+    with pytest.raises(ValueError, match=r"shard_00001\.safetensors: does not have the sha256 .* remove it"):
+        write(tmp_path / "s", range(4))
+    assert (tmp_path / "s" / "index.json").read_bytes() == index
+    shard.unlink()
+    write(tmp_path / "s", range(4))
+    assert shard.read_bytes() == good
+
+
+GOOD_ROW = {"key": "k", "shape": [16, 2, 4, 4], **row(0)}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {},
+        [1],
+        {"settings": 1, "rows": []},
+        {"settings": SETTINGS},
+        {"settings": SETTINGS, "rows": [1]},
+        {"settings": SETTINGS, "rows": [{**GOOD_ROW, "key": 1}]},
+        {"settings": SETTINGS, "rows": [{**GOOD_ROW, "shape": [16, 2, 4]}]},
+    ],
+)
+def test_a_shard_whose_header_is_damaged_is_refused(tmp_path: Path, header: object) -> None:
+    write(tmp_path / "s", range(2))
+    write_tensors(
+        tmp_path / "s" / "shard_00001.safetensors", {"x": torch.ones(1)}, {FORMAT: json.dumps(header)}
+    )
+    with pytest.raises(ValueError, match=r"shard_00001\.safetensors: its header is not"):
+        StoreWriter(tmp_path / "s", SETTINGS)
+
+
 def test_other_settings_are_refused_with_the_difference(tmp_path: Path) -> None:
     write(tmp_path / "s", range(2))
     with pytest.raises(ValueError, match=r"num_frames: there 9, asked 13"):
@@ -104,6 +157,14 @@ def test_a_missing_short_or_changed_shard_is_named(tmp_path: Path) -> None:
         ({"format": "other"}, "not the index of a latent store"),
         ({"version": 99}, "version 99"),
         ({"samples": []}, "has no samples"),
+        ({"settings": {**SETTINGS, "latent_channels": "x"}}, "its settings are not"),
+        ({"settings": []}, "its settings are not"),
+        ({"samples": [1]}, "its samples are not"),
+        ({"samples": {"a": 1}}, "its samples are not"),
+        ({"samples": [GOOD_ROW]}, "its samples are not"),
+        ({"samples": [{**GOOD_ROW, "shard": "s", "shape": "abcd"}]}, "its samples are not"),
+        ({"shards": []}, "its shards are not"),
+        ({"shards": {"shard_00000.safetensors": {}}}, "its shards are not"),
         ({"shards": {"../../etc/passwd": {"bytes": 1, "sha256": ""}}}, "leaves the store"),
     ],
 )

@@ -488,6 +488,18 @@ def test_a_folder_must_hold_one_model(tmp_path: Path) -> None:
     assert "not a name of weights" in refused(tmp_path / "notes.txt")
     (tmp_path / "folder.safetensors").mkdir()
     assert "no weights" in refused(tmp_path / "folder.safetensors")
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    assert "neither a file nor a folder" in refused(tmp_path / "pipe.safetensors")
+
+
+def test_a_damaged_file_is_no_base_to_start_from(tmp_path: Path) -> None:
+    weights = state()
+    del weights["blocks.1.ffn.0.weight"]
+    save_file(weights, tmp_path / "model.safetensors")
+    write_config(tmp_path)
+    said = refused(tmp_path, None)  # a conversion asks for no model, and has no flag to fill one
+    assert "missing keys: blocks.1.ffn.0.weight" in said and "initialise_missing" not in said
+    assert "initialise_missing" in refused(tmp_path, SMALL)
 
 
 def test_a_training_checkpoint_is_told_from_weights(tmp_path: Path) -> None:

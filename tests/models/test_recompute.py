@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +22,7 @@ from megawan.models.wan import TokenLayout, WanBlock, WanModel
 from megawan.parallel.context import ContextParallel
 from megawan.parallel.kept import row_stand_in
 from megawan.plan import model_shape
-from tests.distributed import run_distributed
+from tests.distributed import ROOT, run_distributed
 from tests.models.activations import kept_bytes
 from tests.models.peers import TINY, Inputs, random_inputs, random_model
 
@@ -267,8 +269,8 @@ def test_flops_of_every_policy(name: str) -> None:
         kind, _, layers = policy.partition(":")
         found = count_flops(config, policy, inputs)
         repeated = cost.recompute_flops(shape, tokens, kind, int(layers) if layers else None)
-        assert found[0] == pytest.approx(cost.forward_flops(shape, tokens), rel=1e-3), policy
-        assert found[1] == pytest.approx(backward + repeated, rel=1e-3), policy
+        assert found[0] == cost.forward_flops(shape, tokens), policy
+        assert found[1] == backward + repeated, policy
 
 
 # --- over ranks ---
@@ -327,13 +329,22 @@ SHARDED = {
 }
 
 
-def test_zero_3_trains_alike_under_every_policy_compiled_or_not() -> None:
+def crowded(stage: int, folder: Path) -> list[str]:
+    """Return flags under which the time projection outgrows the bucket of gradients, as that of 14B does."""
+    settings = json.loads((ROOT / f"ds_configs/zero{stage}.json").read_text("utf-8"))
+    settings["zero_optimization"]["reduce_bucket_size"] = 80_000  # of 124,416
+    (folder / f"zero{stage}.json").write_text(json.dumps(settings))
+    return ["--parallel.ulysses_degree", "2", "--deepspeed", str(folder / f"zero{stage}.json")]
+
+
+def test_zero_trains_alike_under_every_policy_compiled_or_not(tmp_path: Path) -> None:
+    cases = {**SHARDED, **{f"small bucket, stage {stage}": crowded(stage, tmp_path) for stage in (1, 2, 3)}}
     ranks = run_distributed(
-        "tests.models.recompute_workers:sharded", 2, arguments={"cases": SHARDED}, timeout=290
+        "tests.models.recompute_workers:sharded", 2, arguments={"cases": cases}, timeout=290
     )
     for rank in ranks:
         losses, norms = rank["none "]
-        assert len(rank) == len(SHARDED) and losses[0] != losses[1] and min(norms) > 0
+        assert len(rank) == len(cases) and losses[0] != losses[1] and min(norms) > 0
         for name, found in rank.items():
             assert found[0] == pytest.approx(losses, rel=1e-5), name
             assert found[1] == pytest.approx(norms, rel=1e-5), name
@@ -349,6 +360,25 @@ def test_the_stand_in_has_the_wanted_row_sums() -> None:
     found = row_stand_in(dout, row)
     torch.testing.assert_close((dout * found).sum(-1, keepdim=True), row, rtol=1e-12, atol=1e-199)
     assert found.isfinite().all()
+
+
+@pytest.mark.parametrize("policy", recompute.POLICIES)
+def test_a_model_that_chooses_its_kernel_asks_for_what_its_policy_needs(
+    policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On GPUs the fastest kernel may have no log-sum-exp."""
+    asked: list[bool] = []
+
+    def noted(*words: Any, need_lse: bool = False, **more: Any) -> Any:
+        asked.append(need_lse)
+        return select_attention(*words, need_lse=need_lse, **more)
+
+    monkeypatch.setattr("megawan.models.wan.select_attention", noted)
+    model = random_model(TINY, seed=1, recompute=policy)
+    random_inputs(TINY, batch=1, latent=(1, 4, 4), seed=2).ours(model)
+    assert asked == [policy in ("attention", "selective")]
+    model._kernel(torch.device("cpu"), torch.float32, ring=True)
+    assert asked[-1]
 
 
 @pytest.mark.parametrize("policy", ["attention", "selective"])

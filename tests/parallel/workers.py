@@ -202,6 +202,21 @@ def finite_differences(contexts: Contexts, seed: int) -> dict[str, float]:
         "gather": ((1, 2, 3), lambda x: context.gather(x, 2 * size - 1)),
         "shard": ((1, 2 * size - 1, 3), context.shard),
     }
+    # What the exchanges are for: q, k and v stacked, the last rank's end padded.
+    kernel, length = select_attention("auto", "cpu", torch.float64, head_dim=2, need_lse=True), 2 * size - 1
+    for name, place in (("ulysses", context), ("ring", contexts.get(1, size))):
+
+        def attend(x: Tensor, place: ContextParallel = place) -> Tensor:
+            return place.attend(*x, kernel, length)
+
+        def attend_again(x: Tensor, place: ContextParallel = place) -> Tensor:
+            box = Box(False)
+            with torch.no_grad():
+                place.attend(*x, kernel, length, box)
+            return place.attend(*x, kernel, length, box)
+
+        shape = (3, 1, 2, size, 2)
+        cases |= {name: (shape, attend), f"{name}, recomputed": (shape, attend_again)}
     return {name: difference_error(shape, call, seed) for name, (shape, call) in cases.items()}
 
 

@@ -1,0 +1,325 @@
+"""Videos from the weights in training, at the same captions and noise every time, without taking them apart:
+every rank runs the sharded model, and rank 0 decodes."""
+
+import io
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from megawan import dist
+from megawan.contact_sheet import Frames, Row, contact_sheet
+from megawan.data.batch import Sample, pad_text
+from megawan.data.video import write_mp4
+from megawan.encoders.opening import open_codec
+from megawan.encoders.text import TextEncoder
+from megawan.flow.solver import euler_sample, guided
+from megawan.rng import generator_at
+from megawan.sampling import to_frames
+
+SHOWN_HEIGHT = 160
+"""Pixels of a video in TensorBoard; the mp4 files have its own size."""
+
+Codec = Literal["auto", "dct", "wan2.1", "wan2.2"]
+
+
+@dataclass(frozen=True)
+class PreviewOptions:
+    """Videos sampled while training."""
+
+    every: int = 0
+    """Optimizer steps between two samplings, the end included; 0: none."""
+    prompts: tuple[str, ...] = ()
+    """Captions to sample (text-to-video; needs --sample.text_encoder); default: captions, and images where
+    the variant takes them, of stored samples: the held-out ones if there are any."""
+    count: int = 4
+    """How many stored samples to take."""
+    steps: int = 20
+    """Euler steps."""
+    guidance: float = 5.0
+    """Classifier-free guidance; 1 turns it off."""
+    shift: float | None = None
+    """Shift of the sigma grid (default: --flow.shift)."""
+    seed: int = 0
+    """Seed of the start noise, of which each video has its own."""
+    codec: Codec = "auto"
+    """Video codec that decodes; auto: the one that made the latents."""
+    vae: Path | None = None
+    """Its weights (not for dct)."""
+    text_encoder: str | None = None
+    """UMT5 folder or file for --sample.prompts, or debug for the seeded tiny one; rank 0 loads it once, on
+    its CPU, before the first step."""
+    tokenizer: Path | None = None
+    """Folder of its tokenizer; default: beside the encoder."""
+    fps: int = 16
+    """Frames a second of the files."""
+
+
+class Store(Protocol):
+    """What previews take of a latent store."""
+
+    @property
+    def empty_text(self) -> Tensor:
+        """Features of the empty prompt, float32 [S, text_dim]."""
+        ...
+
+    @property
+    def shapes(self) -> Sequence[tuple[int, ...]]:
+        """Latent shape of each sample."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, sample_id: int) -> Sample: ...
+
+
+def check(
+    options: PreviewOptions, *, codec: str, channels: int, text_only: bool, expert: str | None, variant: str
+) -> None:
+    """Raise ValueError for what could not be sampled or decoded. `codec`: the one that made the latents;
+    `channels`: latent channels; `text_only`: whether captions are all that the variant takes."""
+    if options.every < 0:
+        raise ValueError(f"--sample.every {options.every} must be 0 (none) or more")
+    if not options.every:
+        if options.prompts:
+            raise ValueError("--sample.prompts has no effect without --sample.every N")
+        return
+    for name in ("count", "steps", "fps"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--sample.{name} {getattr(options, name)} must be 1 or more")
+    if expert is not None:
+        raise ValueError(
+            f"--sample.every: {variant} is one expert of two, which makes no video alone; sample both from"
+            " their checkpoints with tools/sample.py"
+        )
+    if options.prompts and not text_only:
+        raise ValueError(
+            f"--sample.prompts: {variant} takes images too; leave it out and stored samples are taken"
+        )
+    if options.prompts and options.text_encoder is None:
+        raise ValueError("--sample.prompts needs --sample.text_encoder, the UMT5 that encoded the store")
+    for name in ("text_encoder", "tokenizer", "vae"):
+        path = getattr(options, name)
+        if path not in (None, "debug") and not Path(path).exists():
+            raise ValueError(f"--sample.{name} {path}: no such file or folder")
+    chosen = chosen_codec(options, codec)
+    if chosen == "dct" and channels != 16:
+        raise ValueError(f"--sample.codec dct decodes 16 latent channels, {variant} has {channels}")
+    if chosen != "dct" and options.vae is None:
+        raise ValueError(f"--sample.every needs --sample.vae, the weights of the codec {chosen}")
+    if chosen == "dct" and options.vae is not None:
+        raise ValueError("--sample.vae: the codec dct has no weights; leave it out")
+
+
+def chosen_codec(options: PreviewOptions, codec: str) -> str:
+    """Return the codec that decodes what `codec` made (synthetic latents count as dct)."""
+    return codec if options.codec == "auto" else options.codec
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What one video starts from; a batch of one."""
+
+    caption: str
+    noise: Tensor
+    """float32 [1, C, T, H, W]."""
+    text: Tensor
+    """float32 [1, S, text_dim]."""
+    x0: Tensor | None
+    """The stored sample's latents, [1, C, T, H, W]: what the video could look like, and its clean frames."""
+    clip: Tensor | None = None
+    condition: Tensor | None = None
+
+    def to(self, device: torch.device) -> "Preview":
+        """Return the preview with its tensors on `device`."""
+        moved = {
+            name: value.to(device)
+            for name in ("noise", "text", "x0", "clip", "condition")
+            if (value := getattr(self, name)) is not None
+        }
+        return replace(self, **moved)
+
+
+# (preview, x_t [1, C, T, H, W], timestep [1], text [1, S, text_dim]) -> velocity float32 [1, C, T, H, W],
+# the same on every rank of a context-parallel group
+PreviewVelocity = Callable[[Preview, Tensor, Tensor, Tensor], Tensor]
+
+
+class Previews:
+    """The previews of a run, divided among its data-parallel groups."""
+
+    def __init__(
+        self,
+        options: PreviewOptions,
+        previews: Sequence[Preview],
+        empty_text: Tensor,
+        *,
+        shift: float,
+        codec: str,
+        clean_frames: int,
+        dp_rank: int,
+        dp_size: int,
+        cp_size: int,
+    ) -> None:
+        """empty_text [S, text_dim]: what guidance pushes away from."""
+        self._options = options
+        self._previews = list(previews)
+        self._empty_text = empty_text
+        self._shift = shift if options.shift is None else options.shift
+        self._codec = codec
+        self._clean_frames = clean_frames
+        self._cp_size = cp_size
+        # Sharded weights are gathered by all ranks together: each runs as many previews as the others.
+        self._mine = range(dp_rank, -(-len(self._previews) // dp_size) * dp_size, dp_size)
+
+    def sample(self, velocity: PreviewVelocity, device: torch.device) -> list[Tensor]:
+        """Return the latents [C, T, H, W] of every preview, on every rank; collective."""
+        mine: dict[int, Tensor] = {}
+        for turn in self._mine:
+            latents = self._one(self._previews[turn % len(self._previews)], velocity, device)
+            if turn < len(self._previews):
+                mine[turn] = latents
+        found = []
+        for number, preview in enumerate(self._previews):
+            part = mine.get(number, torch.zeros_like(preview.noise))
+            # The ranks of a context-parallel group hold the same video.
+            found.append(dist.sum_over_ranks(part.float())[0] / self._cp_size)
+        return found
+
+    @torch.no_grad()
+    def _one(self, preview: Preview, velocity: PreviewVelocity, device: torch.device) -> Tensor:
+        here = preview.to(device)
+        empty = self._empty_text.to(device)[None]
+        clean = None
+        if self._clean_frames:
+            assert here.x0 is not None
+            clean = here.x0[:, :, : self._clean_frames]
+        return euler_sample(
+            guided(
+                lambda x_t, timestep: velocity(here, x_t, timestep, here.text),
+                lambda x_t, timestep: velocity(here, x_t, timestep, empty),
+                self._options.guidance,
+            ),
+            here.noise,
+            steps=self._options.steps,
+            shift=self._shift,
+            clean=clean,
+        )
+
+    def decode(self, latents: Sequence[Tensor], device: torch.device) -> list[Frames]:
+        """Return the videos' frames, uint8 [T, H, W, 3]; on one rank. The codec is opened for this alone:
+        its weights do not take memory from the training."""
+        codec = open_codec(self._codec, self._options.vae, device)
+        return [to_frames(codec.decode(one[None].to(device)))[0].numpy() for one in latents]
+
+    def stored(self) -> list[Tensor] | None:
+        """Return the latents of the stored samples that the previews were taken from, None for prompts."""
+        found = [preview.x0[0] for preview in self._previews if preview.x0 is not None]
+        return found if len(found) == len(self._previews) else None
+
+    def write(self, folder: Path, columns: Mapping[str, Sequence[Frames]]) -> Image.Image:
+        """Write an mp4 of each video and a contact sheet into `folder`, which appears whole or not at all;
+        return the sheet. `columns`: a title and the videos, one a preview."""
+        aside = folder.with_name(folder.name + ".tmp")
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        for title, videos in columns.items():
+            for number, frames in enumerate(videos):
+                write_mp4(aside / f"{title}_{number:02d}.mp4", frames, self._options.fps)
+        rows = [
+            Row(preview.caption, [videos[number] for videos in columns.values()])
+            for number, preview in enumerate(self._previews)
+        ]
+        sheet = contact_sheet(list(columns), rows)
+        sheet.save(aside / "contact_sheet.png")
+        shutil.rmtree(folder, ignore_errors=True)  # of a step that is taken again after a resume
+        aside.rename(folder)
+        return sheet
+
+    def animation(self, frames: Frames) -> bytes:
+        """Return a small GIF of one video, for TensorBoard."""
+        height = min(SHOWN_HEIGHT, frames.shape[1])
+        size = max(1, round(frames.shape[2] * height / frames.shape[1])), height
+        pictures = [Image.fromarray(np.ascontiguousarray(one)).resize(size) for one in frames]
+        buffer = io.BytesIO()
+        pictures[0].save(
+            buffer,
+            format="GIF",
+            save_all=True,
+            append_images=pictures[1:],
+            duration=max(20, round(1000 / self._options.fps)),
+            loop=0,
+        )
+        return buffer.getvalue()
+
+
+def stored_previews(store: Store, options: PreviewOptions, text_len: int) -> list[Preview]:
+    """Return previews of `options.count` samples of a store, spread over it and always the same.
+
+    Raises ValueError naming what cannot be read.
+    """
+    order = torch.randperm(len(store), generator=generator_at(0, "previews")).tolist()
+    previews = []
+    for number, sample_id in enumerate(sorted(order[: options.count])):
+        sample = store[sample_id]
+        previews.append(
+            Preview(
+                sample.prompt,
+                start_noise(options.seed, number, tuple(sample.latents.shape)),
+                pad_text(sample.text, text_len)[None],
+                sample.latents[None],
+                None if sample.clip is None else sample.clip[None],
+                None if sample.condition is None else sample.condition[None],
+            )
+        )
+    return previews
+
+
+def prompted_previews(
+    options: PreviewOptions, shape: tuple[int, ...], text_len: int, text_dim: int
+) -> tuple[list[Preview], Tensor]:
+    """Return previews of --sample.prompts at latent shape (C, T, H, W), and the features of the empty prompt;
+    collective: rank 0 encodes, the others get its numbers.
+
+    Raises RuntimeError on every rank where the encoder cannot be opened.
+    """
+    captions, problem = [*options.prompts, ""], ""
+    features = torch.zeros(len(captions), text_len, text_dim)
+    if dist.is_main():
+        try:
+            assert options.text_encoder is not None
+            if options.text_encoder == "debug":
+                encoder = TextEncoder.debug(dim=text_dim)
+            else:
+                encoder = TextEncoder.open(Path(options.text_encoder), options.tokenizer)
+            rows = encoder.encode(captions, text_len)
+            features = torch.stack([pad_text(one.float(), text_len) for one in rows])
+        except (ValueError, OSError, RuntimeError) as error:
+            problem = str(error)
+    problem = dist.share_text(problem)
+    if problem:
+        raise RuntimeError(f"--sample.text_encoder {options.text_encoder}: {problem}")
+    features = dist.sum_over_ranks(features)
+    previews = [
+        Preview(prompt, start_noise(options.seed, number, shape), features[number][None], None)
+        for number, prompt in enumerate(options.prompts)
+    ]
+    return previews, features[-1]
+
+
+def start_noise(seed: int, number: int, shape: tuple[int, ...]) -> Tensor:
+    """Return the noise that video `number` starts from, float32 [1, *shape]: that of tools/sample.py."""
+    return torch.randn((1, *shape), generator=generator_at(seed, "sample", number))
+
+
+def png(picture: Image.Image) -> bytes:
+    """Return a picture as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return buffer.getvalue()
