@@ -58,48 +58,16 @@ class LayerNorm(nn.LayerNorm):
         return y.to(self.weight.dtype)
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last axis, with a weight; computed in float32 inside."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return x / sqrt(mean(x^2) + eps) · weight in x's dtype."""
-        if x.is_cuda:  # one fused kernel each way, which keeps x and a number a token
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        return _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-any-return,no-untyped-call]
-
-
-class _RMSNorm(torch.autograd.Function):
-    """What torch does on CPUs too, without the two float32 copies of x that it keeps there."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        y, rstd = torch.ops.aten._fused_rms_norm(x, weight.shape, weight, eps)
-        ctx.save_for_backward(x, rstd, weight)
-        return y  # type: ignore[no-any-return]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, rstd, weight = ctx.saved_tensors
-        y, grad = wide(x) * rstd, wide(grad)
-        grad_y = grad * wide(weight)
-        grad_x = (grad_y - y * (grad_y * y).mean(-1, keepdim=True)) * rstd
-        grad_weight = (grad * y).flatten(0, -2).sum(0)
-        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
-
-
-def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float, clean: int) -> Tensor:
-    """Return LN(x)·(1 + scale) + shift, float32 arithmetic and result, [B, l, D].
+def modulated_norm(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float, clean: int, dtype: torch.dtype
+) -> Tensor:
+    """Return LN(x)·(1 + scale) + shift [B, l, D], float32 arithmetic rounded once to `dtype`.
 
     shift and scale: [B, R, D] where R is 1 (one row for all tokens) or 2 (row 0 for the first `clean` tokens,
     row 1 for the others: TI2V's clean frame and noisy rest). No per-token modulation is ever built, and of
     the tokens only x and two numbers each are kept for the backward pass.
     """
-    return _ModulatedNorm.apply(x, shift, scale, eps, clean)  # type: ignore[no-any-return,no-untyped-call]
+    return _ModulatedNorm.apply(x, shift, scale, eps, clean, dtype)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def gated_add(x: Tensor, y: Tensor, gate: Tensor, clean: int) -> Tensor:
@@ -109,25 +77,55 @@ def gated_add(x: Tensor, y: Tensor, gate: Tensor, clean: int) -> Tensor:
 
 
 class _ModulatedNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, eps: float, clean: int) -> Tensor:
-        y, mean, rstd = torch.native_layer_norm(wide(x), x.shape[-1:], None, None, eps)
-        ctx.clean = clean
-        ctx.save_for_backward(x, mean, rstd, scale)
-        return _by_row(
-            lambda tokens, shift, scale: torch.addcmul(shift, tokens, 1 + scale), clean, y, shift, scale
-        )
+    """Where a run of tokens shares a row, this is torch's affine norm with weight 1 + scale and bias shift:
+    one kernel, and one backward that also sums the row's gradients."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        x, mean, rstd, scale = ctx.saved_tensors
-        tokens = wide(x)
-        grad_y = _by_row(lambda tokens, scale: tokens * (1 + scale), ctx.clean, grad, scale)
-        grad_x = torch.ops.aten.native_layer_norm_backward(
-            grad_y, tokens, x.shape[-1:], mean, rstd, None, None, [True, False, False]
-        )[0]
-        grad_scale = _row_sums(grad * ((tokens - mean) * rstd), scale, ctx.clean)
-        return grad_x.to(x.dtype), _row_sums(grad, scale, ctx.clean), grad_scale, None, None
+    def forward(
+        ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, eps: float, clean: int, dtype: torch.dtype
+    ) -> Tensor:
+        ctx.clean = clean
+        weight = 1 + scale
+        parts = [
+            torch.native_layer_norm(_kernel_input(run, dtype), run.shape[-1:], weight[b, r], shift[b, r], eps)
+            for run, b, r in _runs(x, scale, clean)
+        ]
+        ctx.save_for_backward(x, weight, shift, *(number for _, *both in parts for number in both))
+        return _joined([y for y, _, _ in parts], x.shape).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+        x, weight, shift, *numbers = ctx.saved_tensors
+        grads_x, grad_weight, grad_shift = [], torch.zeros_like(weight), torch.zeros_like(shift)
+        runs = zip(
+            _runs(grad, weight, ctx.clean),
+            _runs(x, weight, ctx.clean),
+            numbers[::2],
+            numbers[1::2],
+            strict=True,
+        )
+        for (grad_run, b, r), (run, _, _), mean, rstd in runs:
+            tokens = _kernel_input(run, grad.dtype)
+            grad_x, grad_weight[b, r], grad_shift[b, r] = torch.ops.aten.native_layer_norm_backward(
+                grad_run.to(tokens.dtype),
+                tokens,
+                run.shape[-1:],
+                mean,
+                rstd,
+                weight[b, r],
+                shift[b, r],
+                [True, True, True],
+            )
+            grads_x.append(grad_x.to(x.dtype))
+        return _joined(grads_x, x.shape), grad_shift, grad_weight, None, None, None
+
+
+def _kernel_input(x: Tensor, other: torch.dtype) -> Tensor:
+    """Return x as the norm's kernel takes it beside a float32 weight: wide, but on CPUs half-precision x with
+    a result of the same dtype as it is (torch computes in float32 inside; compiled code widens by itself, and
+    torch's decomposition would round the statistics)."""
+    mixed = x.dtype == other and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return x if mixed else wide(x)
 
 
 class _GatedAdd(torch.autograd.Function):
@@ -135,23 +133,35 @@ class _GatedAdd(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, y: Tensor, gate: Tensor, clean: int) -> Tensor:
         ctx.clean = clean
         ctx.save_for_backward(y, gate)
-        gated = _by_row(lambda tokens, gate: tokens * gate, clean, wide(y), gate)
-        return (wide(x) + gated).to(x.dtype)
+        return _by_row(torch.addcmul, clean, gate, x, y).to(x.dtype)  # gate is wide, and so is the sum
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         y, gate = ctx.saved_tensors
         tokens = wide(grad)
-        grad_y = _by_row(lambda tokens, gate: tokens * gate, ctx.clean, tokens, gate).to(y.dtype)
-        return grad, grad_y, _row_sums(tokens * wide(y), gate, ctx.clean), None
+        grad_gate = _row_sums(tokens * y, gate, ctx.clean)
+        grad_y = _by_row(torch.mul, ctx.clean, gate, tokens).to(y.dtype)
+        return grad, grad_y, grad_gate, None
 
 
-def _by_row(f: Callable[..., Tensor], clean: int, tokens: Tensor, *rows: Tensor) -> Tensor:
-    """Return f(tokens, *rows) where every token meets its row: the first `clean` row 0, the others row 1."""
-    if rows[0].shape[1] == 1:
-        return f(tokens, *rows)
-    head = f(tokens[:, :clean], *(row[:, :1] for row in rows))
-    rest = f(tokens[:, clean:], *(row[:, 1:] for row in rows))
+def _runs(x: Tensor, rows: Tensor, clean: int) -> list[tuple[Tensor, int, int]]:
+    """Return (tokens [l', D], b, r) for the runs of x [B, l, D] whose tokens meet row r of sample b."""
+    if rows.shape[1] == 1:
+        return [(sample, b, 0) for b, sample in enumerate(x.unbind())]
+    return [(part, b, r) for b, s in enumerate(x.unbind()) for r, part in enumerate((s[:clean], s[clean:]))]
+
+
+def _joined(runs: list[Tensor], shape: torch.Size) -> Tensor:
+    """Return what `_runs` took apart, [B, l, D]."""
+    return (runs[0] if len(runs) == 1 else torch.cat(runs)).view(shape)
+
+
+def _by_row(f: Callable[..., Tensor], clean: int, row: Tensor, *tokens: Tensor) -> Tensor:
+    """Return f(*tokens, row) where every token meets its row: the first `clean` row 0, the others row 1."""
+    if row.shape[1] == 1:
+        return f(*tokens, row)
+    head = f(*(x[:, :clean] for x in tokens), row[:, :1])
+    rest = f(*(x[:, clean:] for x in tokens), row[:, 1:])
     return torch.cat((head, rest), dim=1)
 
 

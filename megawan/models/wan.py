@@ -20,9 +20,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from megawan.models.attention import select_attention
-from megawan.models.precision import LayerNorm, RMSNorm, WideLinear, gated_add, modulated_norm, wide
+from megawan.models.heads import RMSNorm
+from megawan.models.precision import LayerNorm, WideLinear, gated_add, modulated_norm, wide
 from megawan.models.recompute import Keep, parse_recompute
-from megawan.models.rope import RopeTables, rotate
+from megawan.models.rope import RopeTables
 from megawan.models.variants import WanConfig
 from megawan.parallel.context import ContextParallel
 
@@ -143,8 +144,8 @@ class SelfAttention(nn.Module):
         self, x: Tensor, rope: tuple[Tensor, Tensor], sent: bool, keep: Keep
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return q, k and v, each [B, l, N, K], from x [B, l, D]; sent: Ulysses will send them away."""
-        q = rotate(split_heads(self.norm_q(keep.linear(self.q, x)), self.heads), *rope)
-        k = rotate(split_heads(self.norm_k(keep.linear(self.k, x)), self.heads), *rope)
+        q = self.norm_q(keep.linear(self.q, x), self.heads, rope)
+        k = self.norm_k(keep.linear(self.k, x), self.heads, rope)
         return q, k, split_heads(keep.linear(self.v, x, sent), self.heads)
 
 
@@ -170,12 +171,12 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, text: Tensor, image: Tensor | None, kernel: Attention, keep: Keep) -> Tensor:
         """Return [B, l, D] from x [B, l, D], text [B, S, D] and image [B, rows, D] or None."""
-        q = split_heads(self.norm_q(keep.linear(self.q, x)), self.heads)
-        k = split_heads(self.norm_k(keep.linear(self.k, text)), self.heads)
+        q = self.norm_q(keep.linear(self.q, x), self.heads)
+        k = self.norm_k(keep.linear(self.k, text), self.heads)
         v = split_heads(keep.linear(self.v, text), self.heads)
         out = keep.cross_attention(q, k, v, kernel)
         if image is not None:
-            k = split_heads(self.norm_k_img(keep.linear(self.k_img, image)), self.heads)
+            k = self.norm_k_img(keep.linear(self.k_img, image), self.heads)
             v = split_heads(keep.linear(self.v_img, image), self.heads)
             out = out + keep.cross_attention(q, k, v, kernel)
         return keep.linear(self.o, out.flatten(2))
@@ -228,7 +229,7 @@ class WanBlock(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return self-attention's q, k, v [B, l, N, K]."""
         shift, scale = (wide(self.modulation) + e0)[:, :, :2].unbind(2)
-        y = modulated_norm(x, shift, scale, self.eps, clean).to(dtype)
+        y = modulated_norm(x, shift, scale, self.eps, clean, dtype)
         return self.self_attn.project(y, rope, sent, keep)
 
     def after_attention(
@@ -246,7 +247,7 @@ class WanBlock(nn.Module):
         gate1, shift2, scale2, gate2 = (wide(self.modulation) + e0)[:, :, 2:].unbind(2)
         x = gated_add(x, keep.linear(self.self_attn.o, out.flatten(2)), gate1, clean)
         x = x + self.cross_attn(self.norm3(x), text, image, kernel, keep)
-        y = modulated_norm(x, shift2, scale2, self.eps, clean).to(text.dtype)
+        y = modulated_norm(x, shift2, scale2, self.eps, clean, text.dtype)
         widen, activation, narrow = self.ffn
         y = keep.linear(narrow, activation(keep.linear(widen, y)))
         return gated_add(x, y, gate2, clean)
@@ -293,7 +294,7 @@ class Head(nn.Module):
     def forward(self, x: Tensor, e: Tensor, clean: int) -> Tensor:
         """Return [B, l, P] from x [B, l, D] and e [B, R, D]."""
         shift, scale = (wide(self.modulation) + e.unsqueeze(2)).unbind(2)
-        return self.head(modulated_norm(x, shift, scale, self.eps, clean))  # type: ignore[no-any-return]
+        return self.head(modulated_norm(x, shift, scale, self.eps, clean, shift.dtype))  # type: ignore[no-any-return]
 
 
 class WanModel(nn.Module):

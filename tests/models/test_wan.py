@@ -171,7 +171,7 @@ def test_modulation_rows_are_selected_by_token(clean: int) -> None:
     row = (torch.arange(5) >= clean).long()
     norm = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + 1e-6).sqrt()
     torch.testing.assert_close(
-        modulated_norm(x, shift, scale, 1e-6, clean), norm * (1 + scale[:, row]) + shift[:, row]
+        modulated_norm(x, shift, scale, 1e-6, clean, x.dtype), norm * (1 + scale[:, row]) + shift[:, row]
     )
     torch.testing.assert_close(gated_add(x, y, scale, clean), x + y * scale[:, row])
 

@@ -1,0 +1,1 @@
+"""What tools/benchmark.py measures: our step beside others', context parallelism, the loop, the disk."""

@@ -1,0 +1,161 @@
+"""Our training step beside others', at the same sizes, weights, dtype and recompute policy."""
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from megawan import cost
+from megawan.benchmark import arms as build_arms
+from megawan.benchmark.arms import OURS, Arm, Kind
+from megawan.benchmark.flops import counted_flops
+from megawan.benchmark.memory import peak_bytes, saved_bytes
+from megawan.benchmark.problem import Problem, make_inputs
+from megawan.benchmark.profiling import self_times
+from megawan.benchmark.report import Table
+from megawan.benchmark.timing import Spread, interleaved, paired_ratio
+from megawan.benchmark.traffic import moved_bytes
+from megawan.models.initial import initialise_
+from megawan.models.wan import WanModel
+
+
+def kinds(policies: Sequence[str], peers: Sequence[str], ways: Sequence[bool]) -> list[Kind]:
+    """Return what to measure: ours with each policy, each peer with those of them that it has; each eager or
+    compiled as `ways` says."""
+    found = [Kind(OURS, policy, compiled) for compiled in ways for policy in policies]
+    # With recompute, a peer has one policy to stand against all of ours.
+    theirs = (["none"] if "none" in policies else []) + (["full"] if set(policies) - {"none"} else [])
+    return found + [Kind(peer, policy, compiled) for compiled in ways for peer in peers for policy in theirs]
+
+
+def measure(
+    problem: Problem,
+    dtype: torch.dtype,
+    wanted: Sequence[Kind],
+    *,
+    device: torch.device,
+    repetitions: int,
+    warm_up: int,
+    optimizer: bool,
+    profiled: bool,
+    tick: Callable[[], None],
+    timed: Callable[[Table], object],
+) -> Table:
+    """Return the table of one problem in one dtype; `timed` is called with it when only memory, FLOPs and
+    self times are missing."""
+    source = source_model(problem, device, dtype)
+    inputs = make_inputs(problem, device, dtype)
+    what = "forward, loss, backward" + (", AdamW" if optimizer else "")
+    short = str(dtype).removeprefix("torch.")
+    table = Table(
+        f"Step, {problem.name}, {short}", note=f"{problem.describe()}; {what}; median of {repetitions}."
+    )
+    arms = []
+    for kind in wanted:
+        arm = build_arms.build(kind, source, problem, inputs, optimizer)
+        if _fits(arm):
+            arms.append(arm)
+        else:
+            table.rows.append({"step": kind.label, "s": "out of memory"})
+    seconds = interleaved(
+        {arm.kind.label: arm.step for arm in arms},
+        repetitions=repetitions,
+        warm_up=warm_up,
+        device=device,
+        tick=tick,
+    )
+    for arm in arms:
+        table.rows.append(_timed(arm, arms, seconds, problem, device))
+    table.details.append({"seconds": seconds, "model_flops": problem.flops})
+    if profiled:
+        timed(table)
+        rows = {row["step"]: row for row in table.rows}
+        for arm in arms:
+            rows[arm.kind.label] |= _examined(arm, problem, dtype, device)
+    return table
+
+
+def source_model(problem: Problem, device: torch.device, dtype: torch.dtype) -> WanModel:
+    """Return the model whose weights every arm shares; the head is not 0 as it would be at first, or no
+    gradient would pass it."""
+    model = WanModel(problem.config)
+    initialise_(model, seed=0)
+    with torch.no_grad():
+        model.head.head.weight.fill_(0.01)
+        model.head.head.weight[:, ::2] *= -1
+    return model.to(device, dtype)
+
+
+def _timed(
+    arm: Arm, arms: Sequence[Arm], seconds: dict[str, list[float]], problem: Problem, device: torch.device
+) -> dict[str, Any]:
+    own = seconds[arm.kind.label]
+    spread = Spread.of(own)
+    row: dict[str, Any] = {
+        "step": arm.kind.label,
+        "s": spread.median,
+        "quartiles": f"{spread.low:.3f} to {spread.high:.3f}",
+    }
+    for compiled in (False, True):
+        title = f"/ better {'compiled' if compiled else 'eager'} peer"
+        rivals = [
+            other.kind.label
+            for other in arms
+            if other.kind.framework != OURS
+            and other.kind.compiled == compiled
+            and (other.kind.policy == "none") == (arm.kind.policy == "none")
+        ]
+        if arm.kind.framework == OURS and rivals:
+            best = min(rivals, key=lambda name: Spread.of(seconds[name]).median)
+            ratio = paired_ratio(own, seconds[best])
+            row[title] = f"{ratio.median:.3f} ({ratio.low:.3f} to {ratio.high:.3f}; {best.split()[0]})"
+    row["TFLOP/s"] = problem.flops / spread.median / 1e12
+    if device.type == "cuda" and (peak := cost.peak_flops(torch.cuda.get_device_name(device))):
+        row["MFU"] = f"{cost.mfu(problem.flops, spread.median, 1, peak):.1%}"
+    return row
+
+
+def _fits(arm: Arm) -> bool:
+    """Return whether a step of the arm fits the GPU's memory (on CPUs nothing says so)."""
+    if not torch.cuda.is_available():
+        return True
+    try:
+        arm.step()
+    except torch.OutOfMemoryError:
+        arm.model.zero_grad(set_to_none=True)
+        gc.collect()
+        torch.cuda.empty_cache()
+        return False
+    return True
+
+
+def _bytes_outside_blocks(kind: Kind, problem: Problem, dtype: torch.dtype, device: torch.device) -> int:
+    """Return what embeddings and head keep, from models of one and of two blocks; the same for compiled
+    blocks as for eager ones, which build at once."""
+    kept = []
+    for blocks in (1, 2):
+        cut = replace(problem, config=replace(problem.config, num_layers=blocks))
+        inputs = make_inputs(problem, device, dtype)
+        source = source_model(cut, device, dtype)
+        twin = build_arms.build(replace(kind, compiled=False), source, cut, inputs, False)
+        kept.append(saved_bytes(twin.model, twin.loss))
+    return 2 * kept[0] - kept[1]
+
+
+def _examined(arm: Arm, problem: Problem, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """Return memory, FLOPs and self times."""
+    saved = saved_bytes(arm.model, arm.loss)
+    of_blocks = saved - _bytes_outside_blocks(arm.kind, problem, dtype, device)
+    vector = problem.tokens * problem.config.dim * dtype.itemsize
+    times = self_times(arm.step, device)
+    return {
+        "saved MiB": saved / 2**20,
+        "vectors a token and block": of_blocks / (vector * problem.config.num_layers),
+        "peak MiB": peak_bytes(arm.step, device) / 2**20,
+        "run GFLOP": "" if arm.kind.compiled else counted_flops(arm.step) / 1e9,
+        "moved GiB outside products": "" if arm.kind.compiled else moved_bytes(arm.step) / 2**30,
+        "self s outside products": times.rest,
+        "most of it": ", ".join(f"{name} {value:.3f}" for name, value in times.longest[:3]),
+    }

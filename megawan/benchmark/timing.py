@@ -1,0 +1,67 @@
+"""Interleaved timing: every round runs every arm once, and ratios are taken within a round.
+
+What else the machine does then meets all arms alike, and a ratio of two arms is worth more than their
+seconds.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """Return those of at least one value."""
+        if len(values) < 2:
+            return cls(values[0], values[0], values[0])
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, low, high)
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    repetitions: int,
+    warm_up: int,
+    device: torch.device,
+    tick: Callable[[], None] = lambda: None,
+) -> dict[str, list[float]]:
+    """Return the seconds of each call in each of `repetitions` rounds, after `warm_up` rounds that are not
+    counted.
+
+    Each round begins with another arm, so that none always follows the same one. `tick` is called after each
+    round.
+    """
+    names, seconds = list(calls), {name: list[float]() for name in calls}
+    for number in range(warm_up + repetitions):
+        start = number % len(names)
+        for name in names[start:] + names[:start]:
+            _wait(device)
+            began = time.perf_counter()
+            calls[name]()
+            _wait(device)
+            if number >= warm_up:
+                seconds[name].append(time.perf_counter() - began)
+        tick()
+    return seconds
+
+
+def paired_ratio(ours: Sequence[float], theirs: Sequence[float]) -> Spread:
+    """Return the spread of ours / theirs over the rounds."""
+    return Spread.of([a / b for a, b in zip(ours, theirs, strict=True)])
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,93 @@
+"""The operations between matrix products are their formulas, forward and backward, eager and as compiled."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from megawan.models.heads import RMSNorm
+from megawan.models.precision import gated_add, modulated_norm
+from megawan.models.rope import RopeTables, rotate
+
+HEADS, WIDTH, TOKENS, EPS = 3, 8, 10, 1e-6
+Rope = tuple[Tensor, Tensor]
+
+
+def drawn(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def rope_of(dtype: torch.dtype) -> Rope:
+    return RopeTables(WIDTH).rows((2, 1, 5), 0, TOKENS, TOKENS, torch.device("cpu"), dtype)
+
+
+def formula(x: Tensor, weight: Tensor, rope: Rope | None) -> Tensor:
+    y = (x * weight / (x.square().mean(-1, keepdim=True) + EPS).sqrt()).unflatten(-1, (HEADS, WIDTH))
+    return y if rope is None else rotate(y, *rope)
+
+
+def gradients(f: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
+    inputs = [x.clone().requires_grad_() for x in inputs]
+    out = f(*inputs)
+    return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("rotated", [False, True])
+def test_norm_and_rotation_are_the_formula(rotated: bool, compiled: bool) -> None:
+    x, weight, grad = drawn((2, TOKENS, HEADS * WIDTH), (HEADS * WIDTH,), (2, HEADS, TOKENS, WIDTH))
+    norm, rope = RMSNorm(HEADS * WIDTH, EPS).double(), rope_of(torch.float64) if rotated else None
+
+    def ours(x: Tensor, weight: Tensor) -> Tensor:
+        return torch.func.functional_call(norm, {"weight": weight}, (x, HEADS, rope))
+
+    if compiled:  # takes other formulas; aot_eager runs them as they are
+        ours = torch.compile(ours, backend="aot_eager", dynamic=False)
+    grad = grad.transpose(1, 2)  # as attention gives it, heads outside
+    found = gradients(ours, [x, weight], grad)
+    wanted = gradients(lambda x, weight: formula(x, weight, rope), [x, weight], grad)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_modulation_and_gate_are_the_formulas(rows: int, compiled: bool) -> None:
+    dim, clean = 6, 4
+    x, y, grad, shift, scale = drawn(*[(2, TOKENS, dim)] * 3, *[(2, rows, dim)] * 2)
+    row = (torch.arange(TOKENS) >= clean).long() * (rows - 1)
+
+    def ours(x: Tensor, y: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        return gated_add(y, modulated_norm(x, shift, scale, EPS, clean, x.dtype), shift, clean)
+
+    def wanted(x: Tensor, y: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        norm = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + EPS).sqrt()
+        return y + (norm * (1 + scale[:, row]) + shift[:, row]) * shift[:, row]
+
+    if compiled:
+        ours = torch.compile(ours, backend="aot_eager", dynamic=False)
+    inputs = [x, y, shift, scale]
+    torch.testing.assert_close(
+        gradients(ours, inputs, grad), gradients(wanted, inputs, grad), rtol=1e-11, atol=1e-11
+    )
+
+
+def test_half_precision_is_rounded_once() -> None:
+    """float32 arithmetic on the same numbers, rounded at the end: at most one unit in the last place away,
+    where the two sums stand on either side of a boundary."""
+    half = torch.bfloat16
+    x, grad = drawn((1, TOKENS, HEADS * WIDTH), (1, TOKENS, HEADS * WIDTH), dtype=half)
+    shift, scale = drawn((1, 1, HEADS * WIDTH), (1, 1, HEADS * WIDTH), dtype=torch.float32)
+    norm, rope = RMSNorm(HEADS * WIDTH, EPS), rope_of(torch.float32)
+    for f, dtype in (
+        (lambda x, s, t: modulated_norm(x, s, t, EPS, 0, x.dtype), torch.float32),
+        (lambda x, s, t: gated_add(x, x, s + t, 0), torch.float32),
+        (lambda x, s, t: norm(x, HEADS, rope).flatten(-2) + 0 * (s + t).to(x.dtype), torch.float32),
+    ):
+        found = gradients(f, [x, shift, scale], grad)
+        wanted = gradients(f, [x.to(dtype), shift, scale], grad.to(dtype))
+        assert found[0].dtype == found[1].dtype == half
+        torch.testing.assert_close(found[0].float(), wanted[0].to(half).float(), rtol=2**-7, atol=2**-9)
+        torch.testing.assert_close(found[1].float(), wanted[1].to(half).float(), rtol=2**-6, atol=2**-7)
+        torch.testing.assert_close(found[2:], wanted[2:], rtol=2**-7, atol=2**-5)

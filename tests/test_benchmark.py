@@ -1,0 +1,104 @@
+"""tools/benchmark.py compares like with like: the same weights, inputs and loss, and counts what is there."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from megawan.benchmark import arms, report, steps, timing
+from megawan.benchmark.arms import Kind
+from megawan.benchmark.flops import counted_flops
+from megawan.benchmark.memory import peak_bytes, saved_bytes
+from megawan.benchmark.problem import GPU_PROBLEMS, Problem, make_inputs
+from megawan.cli import UserError
+from tests.models.activations import kept_bytes
+from tests.models.peers import TINY
+from tools import benchmark
+
+CPU = torch.device("cpu")
+PROBLEM = Problem("tiny", replace(TINY, num_heads=4, text_len=16), (3, 6, 10))
+KINDS = [Kind("ours", policy) for policy in ("none", "selective", "attention", "full")] + [
+    Kind("diffusers", "none"),
+    Kind("diffusers", "full"),
+]
+
+
+def built(problem: Problem, *kinds: Kind) -> list[arms.Arm]:
+    source = steps.source_model(problem, CPU, torch.float32)
+    inputs = make_inputs(problem, CPU, torch.float32)
+    return [arms.build(kind, source, problem, inputs, optimizer=False) for kind in kinds]
+
+
+def test_every_implementation_has_the_same_loss_and_the_same_gradients() -> None:
+    found = []
+    for arm in built(PROBLEM, *KINDS):
+        loss = arm.loss()
+        loss.backward()
+        squares = sum(float(p.grad.square().sum()) for p in arm.model.parameters() if p.grad is not None)
+        found.append((float(loss.detach()), squares))
+        arm.model.zero_grad(set_to_none=True)
+    assert all(pair == pytest.approx(found[0], rel=1e-5) for pair in found)
+    assert found[0][1] > 1e-6
+
+
+def test_saved_bytes_are_those_counted_another_way() -> None:
+    ours = built(PROBLEM, *KINDS[:4])
+    counted = [saved_bytes(arm.model, arm.loss) for arm in ours]
+    assert counted == [kept_bytes(arm.model, arm.loss) for arm in ours]
+    assert counted == sorted(counted, reverse=True)
+    for arm, saved in zip(ours, counted, strict=True):
+        assert peak_bytes(arm.step, CPU) > saved
+
+
+def test_a_part_of_ulysses_costs_all_implementations_the_same() -> None:
+    whole = [counted_flops(arm.step) for arm in built(PROBLEM, KINDS[0], KINDS[4])]
+    part = [counted_flops(arm.step) for arm in built(replace(PROBLEM, parts=4), KINDS[0], KINDS[4])]
+    extra = 4 * PROBLEM.tokens**2 * PROBLEM.config.dim * PROBLEM.config.num_layers
+    # Self-attention of 4 times the tokens with a quarter of the heads; a backward has 5 products for 2.
+    assert [after - before for before, after in zip(whole, part, strict=True)] == [extra * 3 * 7 // 2] * 2
+    assert replace(PROBLEM, parts=4).flops - PROBLEM.flops == extra * 3 * 3
+
+
+def test_problems_of_a_gpu_have_the_published_lengths() -> None:
+    assert [problem.tokens * problem.parts for problem in GPU_PROBLEMS] == [32_760, 27_280, 37_440]
+
+
+def test_ratios_are_taken_within_a_round() -> None:
+    calls = list[str]()
+    names = ("a", "b", "c")
+    timing.interleaved(
+        {name: lambda name=name: calls.append(name) for name in names},  # type: ignore[misc]
+        repetitions=3,
+        warm_up=1,
+        device=CPU,
+    )
+    assert ["".join(calls[i : i + 3]) for i in range(0, 12, 3)] == ["abc", "bca", "cab", "abc"]
+    # Twice as slow throughout, on a machine that slows down tenfold half way.
+    assert timing.paired_ratio([2, 2, 20, 20], [1, 1, 10, 10]) == timing.Spread(2, 2, 2)
+
+
+def test_the_files_hold_every_row(tmp_path: Path) -> None:
+    table = report.Table("Rows", [{"step": "a", "s": 0.12345}, {"step": "b", "MFU": "50 %"}], note="Note.")
+    json_file, text_file = report.write(tmp_path / "new", "cpu", [table], "python tools/benchmark.py")
+    assert json.loads(json_file.read_text())["tables"][0]["rows"] == table.rows
+    text = text_file.read_text()
+    assert "| a | 0.1235 |  |" in text and "| b |  | 50 % |" in text and "- commit: " in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--suite", "gpu"], "needs a CUDA GPU"),
+        (["--suite", "cpu", "--problems", "huge"], "legal for --suite cpu: small"),
+        (["--suite", "cpu", "--repetitions", "0"], "must be 1 or more"),
+        (["--suite", "kernels", "--only", "disk"], "belongs to --suite cpu"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(flags: list[str], words: str, tmp_path: Path) -> None:
+    if "gpu" in flags and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(UserError, match=words):
+        benchmark.main([*flags, "--output", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
