@@ -110,7 +110,7 @@ def test_the_plan_says_what_each_shipped_file_holds(name: str, found: dict[str, 
 def test_an_update_takes_what_the_plan_says(name: str, found: dict[str, Any]) -> None:
     """The gradients joined and in float32: 6 bytes a parameter of the share, 4 or 8 in float32.
 
-    Nothing where the host updates. The share's small second group (no weight decay) is updated after the first.
+    Nothing where the host updates. The share's small second group (without decay) is updated after the first.
     """
     layout = cost.Layout(2, zero_stage=CASES[name]["zero"]["stage"], precision="fp32")
     alone = cost.rank_memory(SHAPE, 48, [("none", SHAPE.num_layers)], layout)
