@@ -3,6 +3,7 @@
 # same checkout at the same path on each. Words after it go to train.py:
 #   HOSTFILE=hosts.txt bash launchers/train_multinode.sh --deepspeed ds_configs/zero3.json --model.variant t2v-14B ...
 #   MASTER_PORT=29500    a free port of the first machine
+#   MEGAWAN_PREFLIGHT=1    look first whether the run would start (tools/preflight.py), and start only then
 # Under Slurm use slurm/*.sh instead.
 set -euo pipefail
 
@@ -18,5 +19,6 @@ if [[ "${MEGAWAN_SYSTEM_PYTHON:-}" != 1 ]]; then
     export PATH="$root/.venv/bin:$PATH"
 fi
 command -v "$python" >/dev/null || fail "no $python; run bash launchers/setup.sh"
-exec "$python" -m deepspeed.launcher.runner --hostfile "$HOSTFILE" --master_port "${MASTER_PORT:-29500}" \
-    "$root/megawan/train.py" "$@"
+launch=("$python" -m deepspeed.launcher.runner --hostfile "$HOSTFILE" --master_port "${MASTER_PORT:-29500}")
+[[ "${MEGAWAN_PREFLIGHT:-0}" == 0 ]] || "${launch[@]}" "$root/tools/preflight.py" "$@"
+exec "${launch[@]}" "$root/megawan/train.py" "$@"

@@ -54,12 +54,19 @@ def refused(found: Mapping[str, Any], allowed: Sequence[str]) -> list[str]:
 
 def _fields(state: Mapping[str, Any]) -> dict[str, Any]:
     """Return the configuration's fields by dotted name, and `data` and `global_batch` beside them."""
-    flat: dict[str, Any] = {name: state[name] for name in ("data", "global_batch") if name in state}
+    found: dict[str, Any] = {name: state[name] for name in ("data", "global_batch") if name in state}
     config = state.get("config")
-    for name, value in config.items() if isinstance(config, dict) else ():
-        if isinstance(value, dict):
-            flat.update({f"{name}.{inner}": setting for inner, setting in value.items()})
-        else:
-            flat[name] = value
+    found.update(flat(config) if isinstance(config, dict) else {})
     # The global batch says what of these matters.
-    return {name: value for name, value in flat.items() if name not in ("micro_batch", "accumulation")}
+    return {name: value for name, value in found.items() if name not in ("micro_batch", "accumulation")}
+
+
+def flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration's fields by dotted name, sections taken apart."""
+    found: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            found.update({f"{name}.{inner}": setting for inner, setting in value.items()})
+        else:
+            found[name] = value
+    return found

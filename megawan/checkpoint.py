@@ -50,7 +50,8 @@ class CheckpointOptions:
     """Checkpoints of steps that this divides stay for good; 0 keeps none beyond keep_last."""
     resume: str = "auto"
     """auto: continue from the newest sound checkpoint of --output, else start; must: fail if there is none;
-    none: start, and refuse a folder that has checkpoints; or the path of one step folder."""
+    none: start, and refuse a folder that has checkpoints; or the path of a step folder, or of a run folder,
+    whose newest sound checkpoint is taken."""
     allow_changes: tuple[str, ...] = ()
     """What may differ from the run that wrote the checkpoint, of: data, global_batch, seed, flow, ema."""
 
@@ -88,8 +89,9 @@ def step_folders(root: Path) -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
-def choose(root: Path, resume: str) -> Path | None:
-    """Return the step folder to continue from, the same on all ranks, or None to start anew.
+def choose(root: Path, resume: str, contents: bool = True) -> Path | None:
+    """Return the step folder to continue from, the same on all ranks, or None to start anew; `contents` as
+    in `verify`.
 
     Raises ValueError when `resume` forbids what was found: "must" without a sound checkpoint, "none" with
     one, or a path that is damaged. "auto" skips damaged folders, saying so, but refuses to start anew where
@@ -103,27 +105,49 @@ def choose(root: Path, resume: str) -> Path | None:
             )
         return None
     if resume not in ("auto", "must"):
-        chosen = Path(resume)
-        verify(chosen)
+        chosen = _at(Path(resume), contents)
         if folders and chosen.resolve() in [folder.resolve() for folder in folders[1:]]:
             dist.say(f"resume: --resume auto would take the newer {folders[0]}; move it away to leave it")
         return chosen
-    for folder in folders:
-        try:
-            verify(folder)
-            return folder
-        except DamagedCheckpoint as error:
-            dist.say(f"resume: skipped {error}")
     if folders:
-        raise ValueError(f"every checkpoint under {root} is damaged; move them away to start anew")
+        return _newest_sound(root, folders, contents)
     if resume == "must":
         raise ValueError(f"--resume must: no checkpoint under {root}")
     return None
 
 
-def verify(folder: Path) -> dict[str, Any]:
+def _at(path: Path, contents: bool) -> Path:
+    """Return the step folder that a person names by itself or by its run folder, verified."""
+    inside = _shared_step_folders(path / "checkpoints") or _shared_step_folders(path)
+    if inside:
+        return _newest_sound(path, inside, contents)
+    problem = "" if path.is_dir() else "no such folder"
+    if not problem and not _STEP_FOLDER.fullmatch(path.name) and not (path / "manifest.json").exists():
+        problem = "no checkpoint of a run; weights to start from are for --model.init_from"
+    if not (dist.all_succeeded(not problem) if torch_dist.is_initialized() else not problem):
+        problem = problem or "another rank sees no checkpoint there"
+        raise ValueError(
+            f"--resume {path}: {problem}; legal: auto, must, none, a step folder or a run folder"
+        )
+    verify(path, contents)
+    return path
+
+
+def _newest_sound(root: Path, folders: Sequence[Path], contents: bool) -> Path:
+    """Return the first of these folders that verifies; raises ValueError when none does."""
+    for folder in folders:
+        try:
+            verify(folder, contents)
+            return folder
+        except DamagedCheckpoint as error:
+            dist.say(f"resume: skipped {error}")
+    raise ValueError(f"every checkpoint under {root} is damaged; move them away to start anew")
+
+
+def verify(folder: Path, contents: bool = True) -> dict[str, Any]:
     """Return the manifest of a step folder after checking it, every file's size and sha256, the work split
-    over ranks, and that the files together hold every parameter once.
+    over ranks, and that the files together hold every parameter once. Without `contents` only headers are
+    read, no sha256 is compared.
 
     Raises DamagedCheckpoint, on every rank alike, naming the first file that is missing or differs.
     """
@@ -134,7 +158,7 @@ def verify(folder: Path) -> dict[str, Any]:
     try:
         manifest = read_manifest(folder)
         for name, entry in sorted(manifest["files"].items())[rank::world]:
-            _verify_file(folder / name, entry)
+            _verify_file(folder / name, entry, contents)
         StepWeights(folder)
     except DamagedCheckpoint as error:
         problem = str(error)
@@ -304,12 +328,12 @@ def _shared_step_folders(root: Path) -> list[Path]:
     return [root / name for name in names.split("/") if name]
 
 
-def _verify_file(file: Path, entry: Mapping[str, Any]) -> None:
+def _verify_file(file: Path, entry: Mapping[str, Any], contents: bool) -> None:
     try:
         size = file.stat().st_size
         if size != entry["bytes"]:
             raise DamagedCheckpoint(f"{file} has {size} bytes, its manifest says {entry['bytes']}")
-        if sha256(file) != entry["sha256"]:
+        if contents and sha256(file) != entry["sha256"]:
             raise DamagedCheckpoint(f"{file} does not have the sha256 of its manifest")
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{file} is missing") from None

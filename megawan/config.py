@@ -8,7 +8,7 @@ import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from megawan import cli
 from megawan.checkpoint import CheckpointOptions
@@ -33,7 +33,12 @@ ALIASES = {
     "max_steps": "steps",
     "save_steps": "checkpoint.save_every",
     "save_every": "checkpoint.save_every",
+    "keep_last": "checkpoint.keep_last",
+    "keep_every": "checkpoint.keep_every",
+    "save_minutes": "checkpoint.save_minutes",
+    "allow_changes": "checkpoint.allow_changes",
     "resume": "checkpoint.resume",
+    "resume_from_checkpoint": "checkpoint.resume",
     "deepspeed_config": "deepspeed",
     "max_timestep_boundary": "flow.max_timestep_boundary",
     "min_timestep_boundary": "flow.min_timestep_boundary",
@@ -178,17 +183,23 @@ class TrainConfig:
     profile: ProfileOptions = field(default_factory=ProfileOptions)
 
 
+Config = TypeVar("Config", bound=TrainConfig)
+
+
 def parse(argv: Sequence[str], *, prog: str, description: str) -> TrainConfig:
     """Return the run that `argv` asks for, its --config file (if any) taken as the defaults.
 
     Raises cli.UserError for an unknown flag or key, a wrong type or an illegal choice.
     """
-    parsed = cli.parse(TrainConfig, argv, prog=prog, description=description, aliases=ALIASES)
+    return parse_as(TrainConfig, argv, prog=prog, description=description)
+
+
+def parse_as(kind: type[Config], argv: Sequence[str], *, prog: str, description: str) -> Config:
+    """Return what `parse` does as a `kind`, which has fields of its own beside those of a run."""
+    parsed = cli.parse(kind, argv, prog=prog, description=description, aliases=ALIASES)
     if parsed.config is not None:
-        defaults = from_dict(TrainConfig, _read_json(parsed.config), where=str(parsed.config))
-        parsed = cli.parse(
-            TrainConfig, argv, prog=prog, description=description, aliases=ALIASES, default=defaults
-        )
+        defaults: Config = from_dict(kind, _read_json(parsed.config), where=str(parsed.config))
+        parsed = cli.parse(kind, argv, prog=prog, description=description, aliases=ALIASES, default=defaults)
     # Every rank must come to the same configuration, and the launcher gives each another local rank.
     return dataclasses.replace(parsed, local_rank=-1)
 

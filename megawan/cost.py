@@ -241,6 +241,20 @@ def activation_bytes(
     return _blocks(shape, layers) * (local_tokens(tokens, cp_size) * token + keys * bytes_per_element)
 
 
+def end_bytes(shape: ModelShape, tokens: int, *, cp_size: int = 1, bytes_per_element: int = 2) -> int:
+    """Return the bytes that what stands before and behind the blocks keeps for backward, for one video.
+
+    The patches; of text, CLIP tokens and time every layer's input; the head's input, its modulated norm in
+    float32 and that norm's two statistics a token.
+    """
+    d, size = shape.dim, bytes_per_element
+    token = shape.in_dim * shape.patch_volume * size + d * (size + 4) + 8
+    text = shape.text_len * (shape.text_dim + 3 * d) * size
+    image = shape.image_tokens * (4 * CLIP_DIM + 2 * d) * size if shape.image_branch else 0
+    time = (shape.freq_dim + 12 * d) * 4
+    return local_tokens(tokens, cp_size) * token + text + image + time
+
+
 def block_working_bytes(
     shape: ModelShape,
     tokens: int,
@@ -280,6 +294,7 @@ class Layout:
     precision: str = "bf16"
     micro_batch: int = 1
     bucket: int = 100_000_000  # elements of DeepSpeed's reduce_bucket_size
+    sub_group: int = 1_000_000_000  # elements that stage 3 updates at a time
     offload_optimizer: bool = False  # masters, moments and gradients in CPU memory
     offload_weights: bool = False
     offload_activations: bool = False  # what recomputed blocks keep, in CPU memory
@@ -300,14 +315,40 @@ class RankMemory:
     """Bytes of device memory of one rank at the peak of a step, by what they are for."""
 
     states: int  # this rank's weights, gradients and optimizer states
-    kept: int  # what the blocks keep for backward
-    working: int  # one block in backward, the embeddings and the head
-    buffers: int  # gathered weights, gradients before they are reduced, communication buckets
+    kept: int  # what blocks, embeddings and head keep for backward
+    working: int  # one block in backward
+    gathered: int  # ZeRO-3: two blocks' weights and one block's gradients before they are reduced
+    buckets: int  # of communication
+    updating: int  # gradients once more and in float32, while the optimizer works on them
+
+    @property
+    def buffers(self) -> int:
+        """What is gathered and the buckets."""
+        return self.gathered + self.buckets
+
+    @property
+    def backward(self) -> int:
+        """What a backward pass needs beside states and buckets; it is gone when the optimizer updates."""
+        return self.kept + self.working + self.gathered
+
+    @property
+    def total(self) -> int:
+        """The peak: at the last micro-batch's backward pass or in the update."""
+        return self.states + self.buckets + max(self.backward, self.updating)
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """Bytes of host memory that one rank takes, beside the program and its data."""
+
+    states: int  # offloaded masters, moments, gradients, weights
+    activations: int  # offloaded
+    saving: int  # the copy of masters and moments that is written to disk while training goes on
 
     @property
     def total(self) -> int:
         """All of them."""
-        return self.states + self.kept + self.working + self.buffers
+        return self.states + self.activations + self.saving
 
 
 def rank_memory(
@@ -320,30 +361,78 @@ def rank_memory(
     """
     if sum(layers for _, layers in split) != shape.num_layers:
         raise ValueError(f"{list(split)} must name {shape.num_layers} layers")
-    size, first = layout.bytes_per_element, 0
+    size = layout.bytes_per_element
     kept, working = 0, 0
-    spread = {"cp_size": layout.cp_size, "ulysses_degree": layout.ulysses_degree, "bytes_per_element": size}
-    for policy, layers in split:
-        until = activation_bytes(shape, tokens, policy, layers=first + layers, **spread)
-        here = until - activation_bytes(shape, tokens, policy, layers=first, **spread)
-        if layers:
-            offloaded = layout.offload_activations and policy != "none"
-            one = here // layers
-            kept += one if offloaded else here
-            working = max(working, block_working_bytes(shape, tokens, policy, **spread))
-        first += layers
-    # The head keeps its input and, in float32, the modulated norm of it.
-    ends = local_tokens(tokens, layout.cp_size) * shape.dim * (size + 4)
+    for policy, layers, here in _kept_by_policy(shape, tokens, split, layout):
+        offloaded = layout.offload_activations and policy != "none"
+        kept += here // layers if offloaded else here
+        working = max(working, block_working_bytes(shape, tokens, policy, **_spread(layout)))
+    ends = end_bytes(shape, tokens, cp_size=layout.cp_size, bytes_per_element=size)
     states = model_states(parameters(shape), layout.world_size, layout.zero_stage, layout.precision)
     block = block_parameters(shape) * size
-    gathered = 3 * block if layout.zero_stage == 3 else 0  # two blocks' weights, one block's gradients
     return RankMemory(
         states=(0 if layout.offload_weights else states.weights)
         + (0 if layout.offload_optimizer else states.gradients + states.optimizer),
-        kept=layout.micro_batch * kept,
-        working=layout.micro_batch * (working + ends),
-        buffers=gathered + 2 * layout.bucket * size,
+        kept=layout.micro_batch * (kept + ends),
+        working=layout.micro_batch * working,
+        gathered=3 * block if layout.zero_stage == 3 else 0,
+        buckets=2 * layout.bucket * size,
+        updating=_updating(shape, layout),
     )
+
+
+def _updating(shape: ModelShape, layout: Layout) -> int:
+    """Return the bytes that an update takes for a moment: DeepSpeed joins the gradients and widens them."""
+    if layout.zero_stage == 0 or layout.offload_optimizer:
+        return 0
+    share, size = -(-parameters(shape) // layout.world_size), layout.bytes_per_element
+    if layout.zero_stage < 3:
+        return share * (size + 4)
+    return min(share, layout.sub_group) * (size + 4 if size < 4 else 4)  # float32 gradients are not copied
+
+
+def host_memory(
+    shape: ModelShape, tokens: int, split: Sequence[tuple[str, int]], layout: Layout
+) -> HostMemory:
+    """Return the host memory of one rank for what is offloaded and for saving.
+
+    DeepSpeed's offloaded optimizer holds masters, both moments, the gradients as they arrive and in float32
+    for the update: 18 bytes a parameter of the rank's share with 16-bit weights, 20 with float32 ones.
+    """
+    size = layout.bytes_per_element
+    share = -(-parameters(shape) // layout.world_size)
+    states = share * (4 + 4 * ADAM_MOMENTS + 4 + size) if layout.offload_optimizer else 0
+    states += share * size if layout.offload_weights else 0
+    parked = sum(
+        here for policy, _, here in _kept_by_policy(shape, tokens, split, layout) if policy != "none"
+    )
+    return HostMemory(
+        states,
+        layout.micro_batch * parked if layout.offload_activations else 0,
+        (4 + 4 * ADAM_MOMENTS) * share,
+    )
+
+
+def _kept_by_policy(
+    shape: ModelShape, tokens: int, split: Sequence[tuple[str, int]], layout: Layout
+) -> list[tuple[str, int, int]]:
+    """Return (policy, layers, bytes that they keep of one video) for each part of `split` that has layers."""
+    found, first = [], 0
+    for policy, layers in split:
+        if layers:
+            until = activation_bytes(shape, tokens, policy, layers=first + layers, **_spread(layout))
+            before = activation_bytes(shape, tokens, policy, layers=first, **_spread(layout))
+            found.append((policy, layers, until - before))
+        first += layers
+    return found
+
+
+def _spread(layout: Layout) -> dict[str, int]:
+    return {
+        "cp_size": layout.cp_size,
+        "ulysses_degree": layout.ulysses_degree,
+        "bytes_per_element": layout.bytes_per_element,
+    }
 
 
 @dataclass(frozen=True)
@@ -372,19 +461,41 @@ def cheapest_recompute(shape: ModelShape, tokens: int, budget: int, layout: Layo
     best: tuple[tuple[int, int], Choice] | None = None
     for heavy in range(1, len(POLICIES)):
         for light in range(heavy):
-            for layers in range(shape.num_layers + 1):
-                split = ((POLICIES[heavy], layers), (POLICIES[light], shape.num_layers - layers))
-                memory = rank_memory(shape, tokens, split, layout)
-                if memory.total > budget:
-                    continue
-                flops = recompute_flops(shape, tokens, POLICIES[heavy], layers)
-                flops += recompute_flops(shape, tokens, POLICIES[light])
-                flops -= recompute_flops(shape, tokens, POLICIES[light], layers)
-                key = (flops, -memory.kept)
-                if best is None or key < best[0]:
-                    best = key, Choice(split, flops, memory)
-                break  # more layers of the heavier policy only cost more
+            pair = (POLICIES[heavy], POLICIES[light])
+            found = _fewest_layers(shape, tokens, pair, budget, layout)
+            if found is None:
+                continue
+            layers, memory = found
+            flops = recompute_flops(shape, tokens, pair[0], layers)
+            flops += recompute_flops(shape, tokens, pair[1])
+            flops -= recompute_flops(shape, tokens, pair[1], layers)
+            key = (flops, -memory.kept)
+            if best is None or key < best[0]:
+                best = key, Choice(_split(pair, layers, shape.num_layers), flops, memory)
     return None if best is None else best[1]
+
+
+def _fewest_layers(
+    shape: ModelShape, tokens: int, pair: tuple[str, str], budget: int, layout: Layout
+) -> tuple[int, RankMemory] | None:
+    """Return how many blocks at least must follow the heavier policy of `pair`, and the memory then."""
+
+    def memory(layers: int) -> RankMemory:
+        return rank_memory(shape, tokens, _split(pair, layers, shape.num_layers), layout)
+
+    # Memory falls from 1 to the last but one; at both ends only one of the policies works on a block.
+    for first, last in ((0, 0), (1, shape.num_layers - 1), (shape.num_layers, shape.num_layers)):
+        if last < first or memory(last).total > budget:
+            continue
+        while first < last:
+            middle = (first + last) // 2
+            first, last = (first, middle) if memory(middle).total <= budget else (middle + 1, last)
+        return last, memory(last)
+    return None
+
+
+def _split(pair: tuple[str, str], layers: int, of: int) -> tuple[tuple[str, int], ...]:
+    return (pair[0], layers), (pair[1], of - layers)
 
 
 def local_tokens(tokens: int, cp_size: int) -> int:
@@ -462,6 +573,25 @@ def gather_bytes(params: int, world_size: int, bytes_per_element: int = 2) -> in
     """Return the bytes one rank receives when ZeRO-3 gathers (or sends when it reduce-scatters) `params`
     parameters."""
     return params * bytes_per_element * (world_size - 1) // world_size
+
+
+def zero_bytes(
+    params: int, world_size: int, zero_stage: int, accumulation: int = 1, bytes_per_element: int = 2
+) -> tuple[int, int]:
+    """Return the bytes one rank sends in an optimizer step to gather weights, and to reduce gradients.
+
+    Stage 0 all-reduces float32 gradients once and gathers nothing. Stage 1 all-reduces once, stage 2 after
+    each micro-batch (DeepSpeed all-reduces its buckets there, twice a reduce-scatter), and both gather the
+    updated weights once. Stage 3 gathers each block for its forward and for its backward pass and
+    reduce-scatters, after each micro-batch. Models small enough to stay gathered send less.
+    """
+    once = gather_bytes(params, world_size, bytes_per_element)
+    return {
+        0: (0, 2 * gather_bytes(params, world_size, 4)),
+        1: (once, 2 * once),
+        2: (once, 2 * once * accumulation),
+        3: (2 * once * accumulation, once * accumulation),
+    }[zero_stage]
 
 
 # ------------------------------------------------------------------------------------------------- throughput

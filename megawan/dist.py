@@ -76,6 +76,15 @@ def job_id(variables: Mapping[str, str] | None = None) -> str:
     return (os.environ if variables is None else variables).get("SLURM_JOB_ID", "")
 
 
+def slurm(variables: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return what Slurm says of this process's job, step and node, by the names of its variables without
+    SLURM_; empty outside of Slurm."""
+    variables = os.environ if variables is None else variables
+    names = {name: f"SLURM_{name}" for name in ("JOB_ID", "STEP_NUM_TASKS", "STEP_NUM_NODES")}
+    names["NODENAME"] = "SLURMD_NODENAME"
+    return {ours: variables[theirs] for ours, theirs in names.items() if theirs in variables}
+
+
 def end_with_launcher() -> None:
     """Let the kernel kill this rank when its launcher dies, and Ctrl-C end it at once.
 
@@ -98,7 +107,8 @@ class Fault:
 
     Kinds: a signal's name (SIGKILL, SIGSTOP, ...), raise, slow, hang, exit; at the moment "step" (the
     default) also nan, spike and samples, which the loop itself brings about. Moments: step, write (of this
-    rank's checkpoint file), commit (rank 0, before the step folder gets its name). Restarted runs have none.
+    rank's checkpoint file), commit (rank 0, before the step folder gets its name), and of step 0 health
+    (before the health check) and collective (of the preflight; there also nan). Restarted runs have none.
     """
 
     step: int
@@ -159,9 +169,11 @@ def pick_device(local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def initialize(place: Environment, device: torch.device, timeout_s: float) -> None:
-    """Join the default process group: NCCL on GPUs, gloo on CPUs; every wait in it ends after `timeout_s`
-    seconds."""
+def initialize(
+    place: Environment, device: torch.device, timeout_s: float, backend: str | None = None
+) -> None:
+    """Join the default process group: `backend`, else NCCL on GPUs and gloo on CPUs; every wait in it ends
+    after `timeout_s` seconds."""
     if device.type == "cpu":
         # DeepSpeed would otherwise guess its accelerator from the packages it can import.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -184,14 +196,38 @@ def initialize(place: Environment, device: torch.device, timeout_s: float) -> No
     # torchrun's store outlives a restart (torch 2.13): without a prefix the new ranks would find the dead
     # ones' addresses in it.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = torch_dist.PrefixStore(f"attempt_{attempt}", store)
+    if backend is None:
+        require_one_kind(store, rank, device, socket.gethostname())
+        backend = backend_of(device)
     torch_dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=torch_dist.PrefixStore(f"attempt_{attempt}", store),
+        backend,
+        store=store,
         rank=rank,
         world_size=world_size,
         timeout=timeout,
-        device_id=device if device.type == "cuda" else None,
+        device_id=device if backend == "nccl" else None,
     )
+
+
+def backend_of(device: torch.device) -> str:
+    """Return the backend of process groups for tensors of a device."""
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
+def require_one_kind(store: torch_dist.Store, rank: int, device: torch.device, host: str) -> None:
+    """Raise ValueError where this rank computes on another kind of device than rank 0.
+
+    A machine whose driver is broken shows no GPU, and its ranks would wait on gloo for others that are on
+    NCCL.
+    """
+    if rank == 0:
+        store.set("device", f"{device.type} on {host}")
+    first = store.get("device").decode()
+    if first.partition(" ")[0] != device.type:
+        raise ValueError(
+            f"rank {rank} computes on {device.type} on {host}, rank 0 on {first}: one of the two sees no GPU"
+        )
 
 
 def shutdown() -> None:
@@ -284,9 +320,26 @@ def share_text(text: str) -> str:
     return bytes(buffer.cpu().tolist()).decode("utf-8", "surrogatepass")
 
 
+def gather_texts(text: str, group: torch_dist.ProcessGroup | None = None) -> list[str]:
+    """Return every rank's text on every rank, by rank, whatever their lengths; `group` is one of
+    `host_group`."""
+    sent = text.encode("utf-8", "surrogatepass")
+    device, world = torch.device("cpu") if group else collective_device(), torch_dist.get_world_size()
+    lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world)]
+    torch_dist.all_gather(lengths, torch.tensor([len(sent)], device=device), group=group)
+    longest = max(1, *(int(length) for length in lengths))
+    mine = torch.tensor(list(sent.ljust(longest)), dtype=torch.uint8, device=device)
+    every = [torch.empty_like(mine) for _ in range(world)]
+    torch_dist.all_gather(every, mine, group=group)
+    return [
+        bytes(row.cpu().tolist()[: int(length)]).decode("utf-8", "surrogatepass")
+        for row, length in zip(every, lengths, strict=True)
+    ]
+
+
 def require_agreement(what: str, text: str) -> None:
     """Raise RuntimeError on every rank when `text` differs between ranks, naming the ranks that differ from
-    rank 0.
+    rank 0; each of them says which lines of its text do.
 
     One all-gather of 8 bytes a rank: cheap enough for every step, and it turns a later hang into a message.
     """
@@ -299,9 +352,20 @@ def require_agreement(what: str, text: str) -> None:
     values = [int(value) for value in every]
     strangers = [rank for rank, value in enumerate(values) if value != values[0]]
     if strangers:
-        raise RuntimeError(
-            f"ranks {strangers} disagree with rank 0 about the {what}; this rank has: {text[:500]}"
-        )
+        mine_only, theirs_only = _different_lines(text, share_text(text))
+        here = f"this rank has: {mine_only[:500]}; rank 0 has: {theirs_only[:500]}"
+        if is_main() or not (mine_only or theirs_only):
+            here = "what they have stands in their own messages"
+        raise RuntimeError(f"ranks {strangers} disagree with rank 0 about the {what}; {here}")
+
+
+def _different_lines(mine: str, theirs: str) -> tuple[str, str]:
+    """Return the lines of each text that the other has not, joined by commas."""
+    lines, others = mine.splitlines(), theirs.splitlines()
+    return (
+        ", ".join(line for line in lines if line not in others),
+        ", ".join(line for line in others if line not in lines),
+    )
 
 
 class PreemptionWarning:

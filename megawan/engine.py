@@ -102,6 +102,26 @@ def load_host_extension() -> None:
         ) from error
 
 
+def check_operations(device: torch.device, resolved: Resolved | None) -> str:
+    """Return DeepSpeed's version and which of its compiled operations this run takes, built if need be; None:
+    what every run takes.
+
+    Raises ExtensionError naming what cannot be built.
+    """
+    version = f"DeepSpeed {deepspeed.__version__}"
+    if device.type == "cpu":
+        load_host_extension()
+        return f"{version}; its extension for CPU ranks is in {extension_folder()}"
+    zero = resolved.config["zero_optimization"] if resolved else {}
+    places = {zero.get(f"offload_{what}", {}).get("device") for what in ("optimizer", "param")}
+    if "nvme" not in places:  # the optimizer is torch's own, on the GPU and offloaded
+        return f"{version}; this run takes none of its compiled operations"
+    builder = get_accelerator().create_op_builder("AsyncIOBuilder")
+    if builder is None or not builder.is_compatible(verbose=False):
+        raise ExtensionError("offload to nvme needs DeepSpeed's async_io, which needs libaio and its headers")
+    return f"{version}; async_io can be built"
+
+
 def extension_folder() -> Path:
     """Return where the extension is built: TORCH_EXTENSIONS_DIR, or a cache folder of this environment
     alone."""

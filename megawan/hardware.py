@@ -1,12 +1,15 @@
 """What GPUs can do, by name: peak FLOP/s, memory, bandwidths and links, from their makers' data sheets.
 
 Plain numbers, nothing of ours imported. Bandwidths are bytes a second, links of one GPU in one direction
-(data sheets print both directions added up).
+(data sheets print both directions added up). A GPU that is not here is read from JSON.
 """
 
+import json
+import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 
 GB = 10**9
@@ -66,6 +69,8 @@ class Gpu:
     host_link: float  # to the host's memory
     gpus_per_node: int = 8  # as Slurm counts them
     domain: int = 8  # GPUs that reach each other over intra_link
+    shares: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Of the peak, (slow, fast), where they were measured: gemm, attention_forward, attention_backward."""
 
 
 GPUS: Mapping[str, Gpu] = MappingProxyType(
@@ -100,3 +105,94 @@ GPUS: Mapping[str, Gpu] = MappingProxyType(
         )
     }
 )
+
+# What a person's own entry has: field of Gpu, factor from the unit of the key, must it be given.
+_KEYS: Mapping[str, tuple[str, float, bool]] = MappingProxyType(
+    {
+        "peak_tflops": ("peak_flops", 1e12, True),
+        "memory_gib": ("memory_gib", 1, True),
+        "memory_gb_s": ("memory_bandwidth", GB, True),
+        "intra_gb_s": ("intra_link", GB, True),
+        "inter_gb_s": ("inter_link", GB, True),
+        "host_gb_s": ("host_link", GB, True),
+        "gpus_per_node": ("gpus_per_node", 1, False),
+        "domain": ("domain", 1, False),
+    }
+)
+SHARES = ("gemm", "attention_forward", "attention_backward")
+
+
+def find_gpu(name: str, own: Mapping[str, Gpu] = MappingProxyType({})) -> Gpu:
+    """Return the GPU of this name, letter case ignored, `own` before ours. Raises ValueError naming those
+    there are."""
+    gpus = {**GPUS, **own}
+    for each, gpu in gpus.items():
+        if each.lower() == name.lower():
+            return gpu
+    near = [each for each in gpus if each.lower().startswith(name.lower())]
+    hint = f"did you mean {' or '.join(near)}?" if near else f"legal: {', '.join(gpus)}"
+    raise ValueError(f"unknown --gpu {name!r}; {hint} Others come from --hardware FILE.json")
+
+
+def read_gpus(path: Path) -> dict[str, Gpu]:
+    """Return the GPUs of a JSON file: {"my-gpu": {"peak_tflops": 500, "memory_gib": 96, "memory_gb_s": 4000,
+    "intra_gb_s": 200, "inter_gb_s": 25, "host_gb_s": 32, "gpus_per_node": 8, "domain": 8}}.
+
+    Links of one GPU in one direction; `domain` (as many as a node, without which 8) GPUs reach each other
+    over the intra link. gemm, attention_forward and attention_backward may say which shares of the peak its
+    kernels reach: [0.5, 0.7], slow and fast. Raises ValueError naming file, entry and key.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"--hardware {path}: {error.strerror or error}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"--hardware {path}: not JSON ({error})") from None
+    if not isinstance(values, dict) or not all(isinstance(entry, dict) for entry in values.values()):
+        raise ValueError(f"--hardware {path}: expected an object of GPUs, each an object of its figures")
+    return {name: _read_gpu(name, entry, f"--hardware {path}: {name}") for name, entry in values.items()}
+
+
+def _read_gpu(name: str, entry: Mapping[str, object], where: str) -> Gpu:
+    legal = f"legal: {', '.join((*_KEYS, *SHARES))}"
+    for key in entry:
+        if key not in _KEYS and key not in SHARES:
+            raise ValueError(f"{where}: unknown key {key!r}; {legal}")
+    figures: dict[str, float] = {}
+    for key, (field_name, unit, needed) in _KEYS.items():
+        if key not in entry:
+            if needed:
+                raise ValueError(f"{where}: {key} is missing; {legal}")
+            continue
+        whole = not needed
+        figures[field_name] = _number(entry[key], f"{where}: {key}", whole) * unit
+    shares: dict[str, tuple[float, float]] = {}
+    for key in SHARES:
+        if key in entry:
+            pair = entry[key]
+            if not isinstance(pair, list) or len(pair) != 2:
+                raise ValueError(f"{where}: {key} is {pair!r}; expected [slow, fast], shares of the peak")
+            slow, fast = (_number(value, f"{where}: {key}") for value in pair)
+            if not slow <= fast <= 1:
+                raise ValueError(f"{where}: {key} is {pair!r}; expected slow <= fast <= 1")
+            shares[key] = slow, fast
+    node = int(figures.get("gpus_per_node", 8))
+    return Gpu(
+        name,
+        figures["peak_flops"],
+        figures["memory_gib"],
+        figures["memory_bandwidth"],
+        figures["intra_link"],
+        figures["inter_link"],
+        figures["host_link"],
+        node,
+        int(figures.get("domain", node)),
+        shares,
+    )
+
+
+def _number(value: object, where: str, whole: bool = False) -> float:
+    kinds = int if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < math.inf:
+        raise ValueError(f"{where} is {value!r}; expected a {'whole ' if whole else ''}number above 0")
+    return value

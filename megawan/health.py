@@ -62,8 +62,16 @@ class Health:
         )
 
 
-def examine(device: torch.device) -> Health:
-    """Measure this world, collective: a second on GPUs, less on CPUs. Waits end with the group's time-out."""
+def examine(
+    device: torch.device,
+    together: Callable[[], None] = lambda: None,
+    group: torch_dist.ProcessGroup | None = None,
+) -> Health:
+    """Measure this world, collective: a second on GPUs, less on CPUs. Waits end with the group's time-out.
+
+    `together` is called before the first exchange with other ranks, after what each does alone. `group`: all
+    ranks, for tensors of `device`, when the default group is of another kind.
+    """
     on_gpu = device.type == "cuda"
     size, elements = (8192, 2**24) if on_gpu else (256, 2**18)
     rank, world = torch_dist.get_rank(), torch_dist.get_world_size()
@@ -78,14 +86,15 @@ def examine(device: torch.device) -> Health:
     def exchange() -> torch.Tensor:
         works = torch_dist.batch_isend_irecv(
             [
-                torch_dist.P2POp(torch_dist.isend, value, (rank + 1) % world),
-                torch_dist.P2POp(torch_dist.irecv, received, (rank - 1) % world),
+                torch_dist.P2POp(torch_dist.isend, value, (rank + 1) % world, group),
+                torch_dist.P2POp(torch_dist.irecv, received, (rank - 1) % world, group),
             ]
         )
         for work in works:
             work.wait()
         return received
 
+    together()
     neighbour = matmul
     if world > 1:
         got, neighbour = _timed(exchange, device)
@@ -93,7 +102,7 @@ def examine(device: torch.device) -> Health:
 
     def add() -> torch.Tensor:
         total = value.clone()
-        torch_dist.all_reduce(total)
+        torch_dist.all_reduce(total, group=group)
         return total
 
     total, all_reduce = _timed(add, device)
@@ -104,7 +113,7 @@ def examine(device: torch.device) -> Health:
     torch_dist.all_gather(every, mine)
     rows = [row.cpu().tolist() for row in every]
     return Health(
-        _share_hosts(),
+        dist.gather_texts(socket.gethostname()),
         [row[0] for row in rows],
         [row[1] for row in rows],
         max(row[2] for row in rows),
@@ -126,12 +135,3 @@ def _timed(work: Callable[[], torch.Tensor], device: torch.device) -> tuple[torc
             torch.cuda.synchronize(device)
         taken.append(time.perf_counter() - began)
     return result, statistics.median(taken)
-
-
-def _share_hosts() -> list[str]:
-    """Return every rank's machine."""
-    name = socket.gethostname().encode()[:64].ljust(64)
-    mine = torch.tensor(list(name), dtype=torch.uint8, device=dist.collective_device())
-    every = [torch.empty_like(mine) for _ in range(torch_dist.get_world_size())]
-    torch_dist.all_gather(every, mine)
-    return [bytes(row.cpu().tolist()).decode(errors="replace").strip() for row in every]

@@ -9,12 +9,13 @@ import dataclasses
 import datetime
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megawan import checkpoint, cost, ds_config, ema, filler, metrics, optim, previews, profiling, validation
 from megawan.cli import UserError
-from megawan.config import TrainConfig
+from megawan.config import TrainConfig, to_dict
 from megawan.data.filling import FillingError, FillingStore
 from megawan.data.latents import LatentStore, StoredSamples
 from megawan.data.mixture import ALIKE, Mixture
@@ -22,20 +23,26 @@ from megawan.data.synthetic import SyntheticLatents
 from megawan.dist import Environment
 from megawan.encode_options import EncodeOptions, checked_size
 from megawan.flow.loss import FlowMatching, FlowOptions
-from megawan.models.attention import select_attention
+from megawan.models.attention import Kernel, select_attention
 from megawan.models.initial import InitialWeights
 from megawan.models.layouts import OpenedWeights, open_weights
 from megawan.models.recompute import Recompute, parse_recompute
-from megawan.models.variants import CLIP_TOKENS, Variant, WanConfig, get_variant
+from megawan.models.variants import Variant, get_variant
 from megawan.models.wan import token_grid
 from megawan.parallel.topology import Topology, divisors, legal_ulysses, validate
 from megawan.rng import position_key
+from megawan.sizes import (
+    GIB,
+    RESERVE,
+    describe_memory,
+    latent_shape,
+    memory_layout,
+    model_shape,
+    require_trainable,
+)
 
 PACKAGE = Path(__file__).resolve().parent
 AUTO = "auto"
-GIB = 2**30
-RESERVE = 0.1  # of a GPU's memory: CUDA's context, NCCL's buffers, fragmentation, what the estimate misses
-DEEPSPEED_BUCKET = 500_000_000  # elements, where the file names none
 NODE = 8  # ranks that Ulysses should stay within
 DOUBLINGS = 8
 
@@ -121,7 +128,35 @@ class Plan:
     @property
     def checkpoint_bytes(self) -> int:
         """What one checkpoint takes on the disk: fp32 master, two moments, and the moving average if kept."""
-        return (16 if self.config.ema.decay else 12) * cost.parameters(model_shape(self.variant.config))
+        return checkpoint_size(self.config, self.variant)
+
+    @property
+    def memory(self) -> cost.RankMemory:
+        """GPU memory of a rank at the longest video."""
+        layout = cost_layout(self.config, self.topology, self.deepspeed)
+        tokens = longest_video(self.data, self.variant)
+        return cost.rank_memory(model_shape(self.variant.config), tokens, self._recompute.split, layout)
+
+    def select_attention(self, device_type: str) -> Kernel:
+        """Return the attention kernel of this run. Raises ValueError when the one asked for does not fit."""
+        wan = self.variant.config
+        return select_attention(
+            self.config.model.attention,
+            device_type,
+            torch.bfloat16 if self.deepspeed.precision == "bf16" else torch.float32,
+            head_dim=wan.dim // wan.num_heads,
+            need_lse=self.need_lse,
+        )
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint says of its run, as JSON: what a resume compares."""
+        return {
+            "variant": self.config.model.variant,
+            "model": to_dict(self.variant.config),
+            "config": to_dict(self.config),
+            "data": self.data_fingerprint,
+            "global_batch": self.global_batch,
+        }
 
     def describe(self) -> list[str]:
         """Return the start-up lines: what trains, on what, how it is laid out, what it costs."""
@@ -130,9 +165,7 @@ class Plan:
         tokens = [_tokens(shape, wan.patch_size) for shape in shapes]
         longest = max(tokens)
         shape = model_shape(wan)
-        memory = cost.rank_memory(
-            shape, longest, self._recompute.split, cost_layout(config, layout, self.deepspeed)
-        )
+        memory = self.memory
         repeated = self._repeated_flops(shape, longest)
         chosen = " (auto)" if config.model.recompute == AUTO else ""
         flops = 3 * cost.forward_flops(shape, longest) * self.global_batch
@@ -169,35 +202,13 @@ class Plan:
         return "passes: " + ", ".join(f"{name} {times:.1f}" for name, times in passes)
 
 
-def model_shape(wan: WanConfig) -> cost.ModelShape:
-    """Return the sizes of `wan` that its cost depends on."""
-    return cost.ModelShape(
-        wan.dim,
-        wan.ffn_dim,
-        wan.num_heads,
-        wan.num_layers,
-        wan.in_dim,
-        wan.out_dim,
-        wan.text_len,
-        wan.text_dim,
-        wan.freq_dim,
-        image_branch=wan.has_clip,
-        image_tokens=wan.clip_tokens or CLIP_TOKENS,
-        image_positions=wan.pos_embed_seq_len is not None,
-        patch_volume=wan.patch_volume,
-        vace_layers=len(wan.vace_layers),
-        vace_in_dim=wan.vace_in_dim,
-    )
-
-
 def require_inputs(plan: Plan) -> None:
     """Raise cli.UserError when the samples lack what the variant's forward pass takes."""
     variant = plan.variant
-    if variant.config.vace_layers:
-        raise UserError(
-            f"--model.variant {variant.name}: VACE is read and written, but its context is not in the"
-            " training step yet; legal: every variant without vace in its name"
-        )
+    try:
+        require_trainable(variant)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     stores: list[tuple[str, StoredSamples | Mixture | SyntheticLatents]] = []
     if not isinstance(plan.data, FillingStore):  # that is encoded for this very variant, and may come late
         stores.append((f"--data.path {' '.join(map(str, plan.config.data.path))}", plan.data))
@@ -225,27 +236,28 @@ def make_plan(config: TrainConfig, place: Environment) -> Plan:
 
 
 def _resolve(config: TrainConfig, place: Environment) -> Plan:
+    check_options(config)
+    variant, topology = lay_out(config, place.world_size)
+    data = open_data(config, variant, place.rank)
+    steps = count_steps(config, topology, len(data))
+    weights = None if config.model.init_from is None else open_start(config, variant).describe()
+    resolved = read_deepspeed(config, topology)
+    tokens = longest_video(data, variant)
+    recompute = choose_recompute(config, variant, topology, resolved, tokens)
+    plan = put_together(config, variant, topology, data, resolved, steps, recompute, weights)
+    plan.select_attention("cuda" if torch.cuda.is_available() else "cpu")
+    return plan
+
+
+def check_options(config: TrainConfig) -> None:
+    """Raise ValueError for a value that no run can have."""
     for name in ("steps", "micro_batch", "accumulation"):
         if getattr(config, name) < 1:
             raise ValueError(f"--{name} {getattr(config, name)} must be 1 or more")
     if not config.dist_timeout > 0:
         raise ValueError(f"--dist_timeout {config.dist_timeout} must be above 0 seconds")
-    variant = get_variant(config.model.variant)
-    validate(
-        place.world_size,
-        config.parallel.ulysses_degree,
-        config.parallel.ring_degree,
-        variant.config.num_heads,
-        config.model.variant,
-    )
-    topology = Topology(place.world_size, config.parallel.ulysses_degree, config.parallel.ring_degree)
-    data = open_data(config, variant, place.rank)
-    steps = config.steps
-    if config.epochs is not None:
-        if config.epochs < 1:
-            raise ValueError(f"--epochs {config.epochs} must be 1 or more")
-        steps = -(-config.epochs * len(data) // (config.micro_batch * config.accumulation * topology.dp_size))
-    optim.check(config.optim, steps)
+    if config.epochs is not None and config.epochs < 1:
+        raise ValueError(f"--epochs {config.epochs} must be 1 or more")
     checkpoint.check(config.checkpoint)
     ema.check(config.ema)
     metrics.check(config.metrics)
@@ -257,10 +269,33 @@ def _resolve(config: TrainConfig, place: Environment) -> Plan:
         raise ValueError(f"--data.workers {config.data.workers} must be 0 or more")
     if not 0 <= config.data.max_bad <= 1:
         raise ValueError(f"--data.max_bad {config.data.max_bad} must lie between 0 and 1")
+
+
+def lay_out(config: TrainConfig, world_size: int) -> tuple[Variant, Topology]:
+    """Return what trains and how it is cut over the ranks. Raises ValueError naming legal layouts."""
+    variant, asked = get_variant(config.model.variant), config.parallel
+    validate(
+        world_size, asked.ulysses_degree, asked.ring_degree, variant.config.num_heads, config.model.variant
+    )
+    topology = Topology(world_size, asked.ulysses_degree, asked.ring_degree)
     check_shape_group(config, topology)
-    weights = None if config.model.init_from is None else open_start(config, variant).describe()
+    return variant, topology
+
+
+def count_steps(config: TrainConfig, topology: Topology, samples: int) -> int:
+    """Return the optimizer steps of the whole run. Raises ValueError for an optimizer that cannot take
+    them."""
+    steps = config.steps
+    if config.epochs is not None:
+        steps = -(-config.epochs * samples // (config.micro_batch * config.accumulation * topology.dp_size))
+    optim.check(config.optim, steps)
+    return steps
+
+
+def read_deepspeed(config: TrainConfig, topology: Topology) -> ds_config.Resolved:
+    """Return the settings of DeepSpeed's file with ours. Raises ValueError or FileNotFoundError naming it."""
     file = ds_config.find(config.deepspeed, PACKAGE)
-    resolved = ds_config.resolve(
+    return ds_config.resolve(
         ds_config.read(file),
         where=f"--deepspeed {file}",
         micro_batch=config.micro_batch,
@@ -270,20 +305,34 @@ def _resolve(config: TrainConfig, place: Environment) -> Plan:
         precision=config.precision,
         on_gpu=torch.cuda.is_available(),
     )
+
+
+def checkpoint_size(config: TrainConfig, variant: Variant) -> int:
+    """Return the bytes of one checkpoint."""
+    return (16 if config.ema.decay else 12) * cost.parameters(model_shape(variant.config))
+
+
+def longest_video(data: StoredSamples | Mixture | SyntheticLatents, variant: Variant) -> int:
+    """Return the tokens of the longest video."""
+    return max(_tokens(shape, variant.config.patch_size) for shape in set(data.shapes))
+
+
+def put_together(
+    config: TrainConfig,
+    variant: Variant,
+    topology: Topology,
+    data: StoredSamples | Mixture | SyntheticLatents,
+    resolved: ds_config.Resolved,
+    steps: int,
+    recompute: str,
+    weights: str | None,
+) -> Plan:
+    """Return the plan of what was found. Raises ValueError for noise levels, held-out samples or previews
+    that do not go with the variant."""
     clean_frames = 1 if variant.config.model_type == "ti2v" else 0
-    longest = max(_tokens(shape, variant.config.patch_size) for shape in set(data.shapes))
+    flow, held_out = FlowMatching(expert_flow(config.flow, variant)), open_held_out(config, variant, data)
     plan = Plan(
-        config,
-        variant,
-        topology,
-        data,
-        FlowMatching(expert_flow(config.flow, variant)),
-        resolved,
-        steps,
-        clean_frames,
-        choose_recompute(config, variant, topology, resolved, longest),
-        weights,
-        open_held_out(config, variant, data),
+        config, variant, topology, data, flow, resolved, steps, clean_frames, recompute, weights, held_out
     )
     previews.check(
         config.sample,
@@ -292,13 +341,6 @@ def _resolve(config: TrainConfig, place: Environment) -> Plan:
         text_only=not (variant.condition_channels or variant.config.has_clip or clean_frames),
         expert=variant.expert,
         variant=variant.name,
-    )
-    select_attention(
-        config.model.attention,
-        "cuda" if torch.cuda.is_available() else "cpu",
-        torch.bfloat16 if resolved.precision == "bf16" else torch.float32,
-        head_dim=variant.config.dim // variant.config.num_heads,
-        need_lse=plan.need_lse,
     )
     return plan
 
@@ -373,15 +415,6 @@ def choose_recompute(
     )
 
 
-def describe_memory(memory: cost.RankMemory) -> str:
-    """Return the total and its parts in GiB."""
-    return (
-        f"{memory.total / GIB:,.3g} GiB a rank = model states {memory.states / GIB:,.3g} + kept activations"
-        f" {memory.kept / GIB:,.3g} + one block at work {memory.working / GIB:,.3g} + gathered weights and"
-        f" buckets {memory.buffers / GIB:,.3g}"
-    )
-
-
 def smallest_layout(
     config: TrainConfig,
     variant: Variant,
@@ -422,18 +455,14 @@ def memory_budget(asked: float | None) -> int:
 
 def cost_layout(config: TrainConfig, topology: Topology, resolved: ds_config.Resolved) -> cost.Layout:
     """Return what of the run decides the memory of a rank."""
-    zero = resolved.config["zero_optimization"]
-    return cost.Layout(
+    return memory_layout(
+        resolved.config["zero_optimization"],
+        resolved.precision,
         topology.world_size,
         topology.ulysses_degree,
         topology.ring_degree,
-        resolved.zero_stage,
-        resolved.precision,
         config.micro_batch,
-        bucket=int(zero.get("reduce_bucket_size", DEEPSPEED_BUCKET)),
-        offload_optimizer=zero.get("offload_optimizer", {}).get("device", "none") != "none",
-        offload_weights=zero.get("offload_param", {}).get("device", "none") != "none",
-        offload_activations=config.model.offload_activations,
+        config.model.offload_activations,
     )
 
 
@@ -590,27 +619,6 @@ def open_folder(path: Path, config: TrainConfig, variant: Variant, rank: int) ->
         return filler.open_filled(options, rank=rank, wait_timeout=asked.wait_timeout, say=say)
     except FillingError as error:
         raise ValueError(str(error)) from None
-
-
-def latent_shape(
-    frames: int,
-    height: int,
-    width: int,
-    channels: int,
-    stride: tuple[int, int, int],
-    patch: tuple[int, int, int],
-) -> tuple[int, int, int, int]:
-    """Return (C, T, H, W) of a clip's latents. Raises ValueError for sizes that the VAE or the patches do not
-    divide."""
-    if frames < 1 or (frames - 1) % stride[0]:
-        raise ValueError(f"{frames} frames: must be {stride[0]}n+1")
-    for name, size, step in (
-        ("height", height, stride[1] * patch[1]),
-        ("width", width, stride[2] * patch[2]),
-    ):
-        if size < step or size % step:
-            raise ValueError(f"{name} {size} must be a multiple of {step}")
-    return channels, (frames - 1) // stride[0] + 1, height // stride[1], width // stride[2]
 
 
 def run_folder(config: TrainConfig) -> Path:

@@ -68,12 +68,13 @@ class RunFolder:
             if self._made and not (self.path / USED).exists():
                 shutil.rmtree(self.path / "ranks", ignore_errors=True)
                 with contextlib.suppress(OSError):  # a folder that somebody put something into stays
-                    for folder in (self.path / "checkpoints", *self._made):
+                    for folder in self._made:
                         folder.rmdir()
         self._token = ""
 
     def _lock(self, job: str) -> None:
-        self._made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        places = (self.path / "checkpoints", self.path, *self.path.parents)
+        self._made = [folder for folder in places if not folder.exists()]
         self.path.mkdir(parents=True, exist_ok=True)
         file = self.path / LOCK
         mine = {

@@ -1,19 +1,22 @@
-"""From captions to latents with a plain, unsharded model: the inference side of what training optimises."""
+"""From captions and images to latents with unsharded models: the other side of what training optimises."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from megawan.checkpoint import EMA, StepWeights, Weights, step_folders
-from megawan.flow.solver import euler_sample, guided
+from megawan.flow.solver import Velocity, guide
 from megawan.models.initial import InitialWeights
 from megawan.models.keys import expected_shapes
 from megawan.models.layouts import TensorSource, open_weights
 from megawan.models.variants import WanConfig, get_variant
 from megawan.models.wan import WanModel
+from megawan.parallel.context import ContextParallel
 from megawan.rng import generator_at
+from megawan.solvers import Solver, integrate
 
 
 def open_model_weights(path: Path, weights: Weights = "master") -> tuple[TensorSource, WanConfig, str]:
@@ -62,9 +65,48 @@ def build(source: TensorSource, wan: WanConfig, device: torch.device, dtype: tor
     return model.eval()
 
 
+@dataclass(frozen=True)
+class Given:
+    """What samples are told besides their captions; each is [B, ...] or None, as the variant takes it."""
+
+    clean: Tensor | None = None
+    """Latent frame 0, kept clean (ti2v), [B, C, 1, H, W]."""
+    clip: Tensor | None = None
+    """CLIP rows, [B, 257 or 514, 1280]."""
+    condition: Tensor | None = None
+    """Channels after the noisy ones, [B, channels, T, H, W]."""
+
+    def only(self, indices: Sequence[int]) -> "Given":
+        """Return what these samples alone are told."""
+        rows = list(indices)
+        return Given(
+            *(None if each is None else each[rows] for each in (self.clean, self.clip, self.condition))
+        )
+
+
+class Experts:
+    """The models of a sampling run: one, or the two of an A14B, of which only the one in use is held."""
+
+    def __init__(self, openers: Sequence[Callable[[], WanModel]], guidance: Sequence[float]) -> None:
+        """openers: what builds each model, the high-noise expert first; guidance: the scale of each."""
+        self.guidance = list(guidance)
+        self._openers = list(openers)
+        self._held: tuple[int, WanModel] | None = None
+
+    def __len__(self) -> int:
+        return len(self._openers)
+
+    def __getitem__(self, index: int) -> WanModel:
+        """Return model `index`; another one that was held is let go first."""
+        if self._held is None or self._held[0] != index:
+            self._held = None
+            self._held = index, self._openers[index]()
+        return self._held[1]
+
+
 @torch.no_grad()
 def sample_latents(
-    model: WanModel,
+    model: WanModel | Experts,
     text: Tensor,
     empty_text: Tensor,
     latent_shape: Sequence[int],
@@ -73,33 +115,65 @@ def sample_latents(
     shift: float,
     guidance: float,
     seed: int,
+    solver: Solver = "euler",
+    boundary: float | None = None,
+    given: Given = Given(),
+    context: ContextParallel | None = None,
+    places: Sequence[int] | None = None,
     tick: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """Return latents [B, C, T, H, W] float32 for text [B, S, text_dim] by Euler steps with classifier-free
-    guidance.
+    """Return latents [B, C, T, H, W] float32 for text [B, S, text_dim] with classifier-free guidance.
 
-    empty_text [S, text_dim] is what guidance pushes away from. `tick` is called after each step. The start
-    noise of sample i depends on (seed, i) alone, so the batch size does not change a sample.
+    empty_text [S, text_dim] (of the empty or a negative prompt) is what guidance pushes away from. Two
+    `Experts` change over at `boundary`, with a guidance of their own each instead of `guidance`. All samples
+    take a step together, each asked of the model by itself: memory is that of one, and no expert is opened
+    twice. context: ranks that share each video; all get the result. `tick` is called after each step. The
+    start noise of a sample depends on (seed, its place) alone, 0 .. B − 1 unless `places` says otherwise.
     """
+    experts = model if isinstance(model, Experts) else Experts([lambda: model], [guidance])
+    if (len(experts) == 2) != (boundary is not None):
+        raise ValueError("two experts and a boundary belong together: give both or neither")
     noise = torch.stack(
         [
-            torch.randn(tuple(latent_shape), generator=generator_at(seed, "sample", i))
-            for i in range(len(text))
+            torch.randn(tuple(latent_shape), generator=generator_at(seed, "sample", place))
+            for place in (range(len(text)) if places is None else places)
         ]
     ).to(text.device)
-    negative_text = empty_text.expand_as(text)
+    negative = empty_text.unsqueeze(0)
 
-    def positive(x_t: Tensor, timestep: Tensor) -> Tensor:
-        return model.velocity(x_t, timestep, text)
+    def velocity_of(expert: int) -> Velocity:
+        def asked(x_t: Tensor, timestep: Tensor, one: int, rows: Tensor) -> Tensor:
+            told = given.only([one])
+            extras = {
+                name: value for name in ("clip", "condition") if (value := getattr(told, name)) is not None
+            }
+            if told.clean is not None:
+                extras["clean_frames"] = told.clean.shape[2]
+            if context is not None:
+                extras["context"] = context
+            return experts[expert].velocity(x_t, timestep, rows, **extras)
 
-    def negative(x_t: Tensor, timestep: Tensor) -> Tensor:
-        return model.velocity(x_t, timestep, negative_text)
+        def velocity(x_t: Tensor, timestep: Tensor) -> Tensor:
+            parts = []
+            for one in range(len(text)):
+                x, t = x_t[one : one + 1], timestep[one : one + 1]
+                v = asked(x, t, one, text[one : one + 1])
+                if experts.guidance[expert] != 1:
+                    v = guide(v, asked(x, t, one, negative), experts.guidance[expert])
+                parts.append(v.to(x))
+            return torch.cat(parts)
 
-    return euler_sample(
-        guided(positive, negative, guidance),
+        return velocity
+
+    return integrate(
+        velocity_of(0),
         noise,
+        solver=solver,
         steps=steps,
         shift=shift,
+        clean=given.clean,
+        low_noise=velocity_of(1) if len(experts) == 2 else None,
+        boundary=boundary,
         progress=lambda done, total: tick(),
     )
 

@@ -9,6 +9,7 @@ Reads top-down: parse, plan, join the group, take the run folder, build, fill, l
 
 import math
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,12 +24,13 @@ from tqdm import tqdm
 
 from megawan import checkpoint, cli, config, dist
 from megawan.agreement import StepAgreement, describe_samples
-from megawan.changes import changes, refused
-from megawan.data.batch import pad_text
+from megawan.changes import changes, flat, refused
+from megawan.data.batch import Batch, pad_text
 from megawan.data.mixture import Mixture
 from megawan.data.replacement import BadSamples
 from megawan.faults import broken
 from megawan.files import write_json
+from megawan.flow.loss import FlowSample
 from megawan.hardware import peak_flops
 from megawan.health import examine
 from megawan.metrics import (
@@ -49,7 +51,7 @@ from megawan.run_folder import USED, RunFolder
 from megawan.saving import Saver
 from megawan.step_times import BESIDE, StepTimes
 from megawan.validation import Validation
-from megawan.watch import Watch
+from megawan.watch import BUILD, Watch
 
 if TYPE_CHECKING:  # imports DeepSpeed, seconds that --help and --dry-run do not need
     from megawan.trainer import Trainer
@@ -94,12 +96,7 @@ def run(plan: Plan, device: torch.device) -> None:
     path = Path(dist.share_text(str(run_folder(options))))
     for line in plan.describe():
         dist.say(line)
-    dist.require_agreement("software", str(software()))
-    dist.require_agreement("configuration", str(config.to_dict(options)))
-    dist.require_agreement("data", plan.data.fingerprint)
-    dist.require_agreement("recompute policy", plan.recompute)  # auto looks at this rank's own GPU
-    if options.health_check:
-        look_at_ranks(device)
+    require_agreement(plan)
     warning = dist.PreemptionWarning()
     folder = RunFolder(path)
     try:
@@ -107,8 +104,12 @@ def run(plan: Plan, device: torch.device) -> None:
         folder.claim(plan.checkpoint_bytes, dist.job_id())
     except ValueError as error:
         raise cli.UserError(str(error)) from None
+    warn_of_little_room(path / "checkpoints", plan.checkpoint_bytes, options.checkpoint)
     watch = Watch(path, options.dist_timeout)
     try:
+        if options.health_check:
+            look_at_ranks(device, watch)
+        watch.at(0, BUILD)
         from megawan.engine import ExtensionError
         from megawan.trainer import Trainer
 
@@ -134,10 +135,41 @@ def run(plan: Plan, device: torch.device) -> None:
         folder.release()
 
 
-def look_at_ranks(device: torch.device) -> None:
+def require_agreement(plan: Plan) -> None:
+    """Raise RunFailed on every rank where ranks have another source, configuration or data."""
+    settings = flat(config.to_dict(plan.config))
+    alike = {
+        "software": "\n".join(f"{name} {version}" for name, version in software().items()),
+        "configuration": "\n".join(f"{name} {value}" for name, value in settings.items()),
+        "data": plan.data.fingerprint,
+        "recompute policy": plan.recompute,  # auto looks at this rank's own GPU
+    }
+    try:
+        for what, text in alike.items():
+            dist.require_agreement(what, text)
+    except RuntimeError as error:
+        raise cli.RunFailed(str(error)) from None
+
+
+def warn_of_little_room(root: Path, size: int, options: checkpoint.CheckpointOptions) -> None:
+    """Say when the disk holds fewer checkpoints of `size` bytes than will lie there: those that stay and the
+    one being written."""
+    if dist.is_main() and options.keep_last:
+        held = len(checkpoint.step_folders(root))
+        room, wanted = held + shutil.disk_usage(root).free // size, options.keep_last + 1
+        if room < wanted:
+            dist.say(
+                f"warning: {root} has room for {room} checkpoints of {size / 1e9:.3g} GB,"
+                f" --checkpoint.keep_last {options.keep_last} needs {wanted} while it saves"
+            )
+
+
+def look_at_ranks(device: torch.device, watch: Watch) -> None:
     """Say how fast ranks and links are, and which are slow. Raises RunFailed naming those that compute wrong
-    numbers."""
-    health = examine(device)
+    numbers; a rank that does not take part is named by `watch`."""
+    watch.at(0, "health check, alone")
+    dist.strike(0, "health", dist.faults())
+    health = examine(device, lambda: watch.at(0, "health check, together"))
     dist.say(health.describe())
     for warning in health.warnings():
         dist.say(f"warning: {warning}")
@@ -171,7 +203,7 @@ def loop(trainer: "Trainer", start: int, folder: Path, warning: dist.PreemptionW
     validation = hold_out(trainer)
     previews = choose_previews(trainer)
     if validation is not None and start == 0:
-        log.scalars(0, validation.run(trainer.measure, device))
+        log.scalars(0, validate(validation, trainer, watch, 0))
     batches, faults = trainer.batches(start), dist.faults()
     logged, failed_saves, looked = start, 0, False
     times.read()
@@ -223,12 +255,11 @@ def loop(trainer: "Trainer", start: int, folder: Path, warning: dist.PreemptionW
                 dist.say(warned)
             logged = step
         if validation is not None and (last or step % options.validation.every == 0):
-            watch.at(step, "validation")
             with times.host("validation"):
-                log.scalars(step, validation.run(trainer.measure, device))
+                log.scalars(step, validate(validation, trainer, watch, step))
                 if trainer.average is not None:
                     with trainer.averaged():
-                        averaged = validation.run(trainer.measure, device)
+                        averaged = validate(validation, trainer, watch, step)
                     log.scalars(
                         step, {tag.replace("eval/", "eval_ema/", 1): each for tag, each in averaged.items()}
                     )
@@ -364,6 +395,17 @@ def gpu_peak(given: float | None, device: torch.device) -> float | None:
     if given is not None:
         return given * 1e12
     return peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def validate(validation: Validation, trainer: "Trainer", watch: Watch, step: int) -> dict[str, float]:
+    """Return the points of the eval curves; every answer is a sign of life, as all may outlast the
+    time-out."""
+
+    def measure(batch: Batch, sample: FlowSample) -> torch.Tensor:
+        watch.at(step, "validation")
+        return trainer.measure(batch, sample)
+
+    return validation.run(measure, trainer.device)
 
 
 def report_saves(saver: Saver, log: RunLog, step: int, failed: int) -> int:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
-from megawan import config, dist, filler
+from megawan import dist, filler
 from megawan import engine as engines
 from megawan.checkpoint import EMA, Fragment, StepWeights
 from megawan.data.batch import Batch
@@ -23,7 +23,6 @@ from megawan.data.streams import dataset_of
 from megawan.ema import ShardedEma
 from megawan.flow.loss import FlowLoss, FlowSample, flow_loss
 from megawan.metrics import LossMeter
-from megawan.models.attention import select_attention
 from megawan.models.layouts import TensorSource
 from megawan.models.wan import LEAF_MODULES, WanModel, patchify, token_grid, unpatchify
 from megawan.parallel.context import ContextParallel
@@ -70,14 +69,7 @@ class Trainer:
         self.context = context or ContextParallel.create(
             plan.topology, torch_dist.get_rank(), plan.config.dist_timeout
         )
-        wan = plan.variant.config
-        self.kernel = select_attention(
-            plan.config.model.attention,
-            device.type,
-            torch.bfloat16 if plan.deepspeed.precision == "bf16" else torch.float32,
-            head_dim=wan.dim // wan.num_heads,
-            need_lse=plan.need_lse,
-        )
+        self.kernel = plan.select_attention(device.type)
         model = engines.build_model(self._make, plan.deepspeed, device)
         self.engine = engines.initialize(model, LEAF_MODULES, plan.deepspeed, plan.config.optim, plan.steps)
         self.average: ShardedEma | None = None
@@ -122,14 +114,7 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """Return what else a checkpoint says, as JSON: what a resume compares, and what a person wants to
         know."""
-        return {
-            "variant": self.plan.config.model.variant,
-            "model": config.to_dict(self.plan.variant.config),
-            "config": config.to_dict(self.plan.config),
-            "data": self.plan.data_fingerprint,
-            "global_batch": self.plan.global_batch,
-            "skipped_steps": self.skipped_steps,
-        }
+        return {**self.plan.state(), "skipped_steps": self.skipped_steps}
 
     @property
     def skipped_steps(self) -> int:

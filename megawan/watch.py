@@ -22,8 +22,14 @@ import torch.distributed as torch_dist
 from megawan import dist
 from megawan.cli import RunFailed
 
-PHASES = ("start", "data", "agreement", "forward and backward", "log", "save", "end")
-"""What a rank does in a step, in this order."""
+START, BUILD = "start", "build"
+PHASES = (
+    *(START, "health check, alone", "health check, together", BUILD, "data", "agreement"),
+    *("forward and backward", "log", "validation", "samples", "save", "end"),
+)
+"""What a rank does before the steps and in each, in this order."""
+_UNTIMED = (START, BUILD, "samples")
+"""What may take its time: a rank reads all weights, or makes a video."""
 _PACKAGE = str(Path(__file__).resolve().parent)
 _FIRST_ERROR_S = 5.0
 _PULSE_BYTES = 1024
@@ -62,20 +68,23 @@ class Watch:
         self._timeout = timeout_s
         self._beat_s = min(10.0, max(0.2, timeout_s / 10))
         self._rank, self._world = torch_dist.get_rank(), torch_dist.get_world_size()
-        self._at: tuple[int, str, str, float] = (0, PHASES[0], "", time.monotonic())
+        self._at: tuple[int, str, str, float] = (0, START, "", time.monotonic())
         self._closed = threading.Event()
         if dist.is_main():
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder.mkdir(exist_ok=True)
         torch_dist.barrier()
         self._main = threading.get_ident()
+        self._write(self._pulse())  # so that a rank which dies at once has a name and a machine
         # Two threads: the disk may let a beat wait for long, and the look must not wait for it.
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._beat, self._look)]
         for thread in self._threads:
             thread.start()
 
     def at(self, step: int, phase: str, samples: str = "") -> None:
-        """Say that this rank begins a phase of a step."""
+        """Say that this rank begins a phase of a step, one of PHASES."""
+        if phase not in PHASES:
+            raise ValueError(f"{phase!r} is not in watch.PHASES: a report could not say who is behind")
         self._at = (step, phase, samples, time.monotonic())
 
     def close(self) -> None:
@@ -121,11 +130,12 @@ class Watch:
 
     def _beat(self) -> None:
         while not self._closed.wait(self._beat_s):
-            step, phase, _, since = self._at
-            seconds = time.monotonic() - since
-            self._write(
-                Pulse(self._rank, socket.gethostname(), os.getpid(), step, phase, seconds, self._where())
-            )
+            self._write(self._pulse())
+
+    def _pulse(self) -> Pulse:
+        step, phase, _, since = self._at
+        seconds = time.monotonic() - since
+        return Pulse(self._rank, socket.gethostname(), os.getpid(), step, phase, seconds, self._where())
 
     def _look(self) -> None:
         warned = 0.0
@@ -135,10 +145,10 @@ class Watch:
             if seconds > self._timeout / 2 and warned != since and self._speaks():
                 warned = since
                 # What one rank does alone at the start, such as reading weights, may take its time.
-                ends = f"; the run ends after {self._timeout:g} s (--dist_timeout)" * (phase != PHASES[0])
+                ends = f"; the run ends after {self._timeout:g} s (--dist_timeout)" * (phase not in _UNTIMED)
                 self._print(f"{self._report()}{ends}")
             # A collective that waits ends by itself at the time-out, with an error that says more.
-            if seconds > 1.1 * self._timeout + 5 and phase != PHASES[0]:
+            if seconds > 1.1 * self._timeout + 5 and phase not in _UNTIMED:
                 self._print(f"rank {self._rank} hangs: {self._report()}")
                 dist.leave(1)
 

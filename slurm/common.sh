@@ -14,6 +14,8 @@
 #   MEGAWAN_RANKS_PER_NODE  (as many as the node's GPUs)
 #   MEGAWAN_GRACE       seconds after Slurm's warning in which a run may save before the job is requeued anyway
 #   MEGAWAN_HEALTH_CHECK=0  do not look at all ranks and links before the model is built
+#   MEGAWAN_PREFLIGHT=0 start without tools/preflight.py; always: also when a job was requeued, which is not looked at
+#                       again
 #   MEGAWAN_DRY_RUN=1   or --dry-run: print the commands, start nothing
 
 asked() { sed -n "s/^#SBATCH --$1=//p" "$0"; } # what the #SBATCH line of this script says
@@ -22,8 +24,11 @@ job="${SLURM_JOB_ID:-0}"
 name="${SLURM_JOB_NAME:-$(asked job-name)}"
 dry_run="${MEGAWAN_DRY_RUN:-0}"
 worlds=()
+before=()
 health=()
 [[ "${MEGAWAN_HEALTH_CHECK:-1}" != 1 ]] || health=(--health_check)
+preflight="${MEGAWAN_PREFLIGHT:-1}"
+[[ "${SLURM_RESTART_COUNT:-0}" == 0 || "$preflight" == always ]] || preflight=0
 deadline=999999999 # of SECONDS; sooner once Slurm warned
 
 fail() { printf '%s: error: %s\n' "$name" "$1" >&2; exit 2; }
@@ -38,10 +43,18 @@ read_arguments() {
     done
 }
 
+# required NAME MEANING: fails where the variable is empty; a dry run goes on with a stand-in and says so.
+required() {
+    [[ -z "${!1:-}" ]] || return 0
+    [[ "$dry_run" == 1 ]] || fail "set $1 to $2"
+    printf '%s: note: set %s to %s\n' "$name" "$1" "$2" >&2
+    printf -v "$1" '%s' "/path/of/$1"
+}
+
 # read_paths: `data` = the flag for MEGAWAN_DATA; `init` and `output` = the paths.
 read_paths() {
-    [[ -n "${MEGAWAN_DATA:-}" ]] || fail 'set MEGAWAN_DATA to a latent store (tools/encode_dataset.py), or to synthetic'
-    [[ -n "${MEGAWAN_INIT:-}" ]] || fail 'set MEGAWAN_INIT to the weights to start from, or to random'
+    required MEGAWAN_DATA 'a latent store (tools/encode_dataset.py), or to synthetic'
+    required MEGAWAN_INIT 'the weights to start from, or to random'
     init="$MEGAWAN_INIT"
     output="${MEGAWAN_OUTPUT:-$root/runs/$name}"
     data=()
@@ -86,12 +99,20 @@ in_container() {
     python="${MEGAWAN_PYTHON:-python3}"
 }
 
-# start_world COMMAND...: prints the command; starts it in the background unless this is a dry run.
+# start_world COMMAND...: prints the command; starts it in the background unless this is a dry run. Where `before` has
+# words, that command goes first, and when it fails it is the last.
 start_world() {
+    [[ -z "${before[*]}" ]] || { printf '%q ' "${before[@]}" && printf '\n'; }
     printf '%q ' "$@" && printf '\n'
     [[ "$dry_run" != 1 ]] || return 0
     [[ -n "${MEGAWAN_CONTAINER:-}" ]] || command -v "$python" >/dev/null || fail "no $python; run bash launchers/setup.sh"
-    PATH="$(dirname "$python"):$PATH" "$@" </dev/null &
+    # exec: the signals of `warned` are for srun.
+    (
+        # The working directory is not to stand in PATH.
+        [[ "$python" != */* ]] || PATH="$(dirname "$python"):$PATH"
+        [[ -z "${before[*]}" ]] || "${before[@]}" || exit "$?"
+        exec "$@"
+    ) </dev/null &
     worlds+=("$!")
 }
 
@@ -107,13 +128,14 @@ world() {
     [[ "$dry_run" == 1 ]] || mkdir -p "$output"
     in_container "$output" "$MEGAWAN_DATA" "$init"
     # The warning is for the training processes, which handle it; torchrun itself would die of it.
-    start_world srun --nodes="${#nodes[@]}" --ntasks="${#nodes[@]}" --ntasks-per-node=1 --nodelist="$list" \
+    local launch=(srun --nodes="${#nodes[@]}" --ntasks="${#nodes[@]}" --ntasks-per-node=1 --nodelist="$list" \
         --kill-on-bad-exit=1 --cpu-bind=none "${container[@]}" \
         bash -c 'trap "" USR1; exec "$@"' torchrun \
         "$python" -m torch.distributed.run --nnodes="${#nodes[@]}" \
         --nproc_per_node="${MEGAWAN_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-$(asked gpus-per-node)}}" \
-        --rdzv_backend=c10d --rdzv_id="$job-$index" --rdzv_endpoint="$(address "${nodes[0]}"):$port" \
-        "$root/megawan/train.py" "${health[@]}" "$@"
+        --rdzv_backend=c10d --rdzv_endpoint="$(address "${nodes[0]}"):$port")
+    [[ "$preflight" == 0 ]] || before=("${launch[@]}" --rdzv_id="$job-$index-preflight" "$root/tools/preflight.py" "$@")
+    start_world "${launch[@]}" --rdzv_id="$job-$index" "$root/megawan/train.py" "${health[@]}" "$@"
 }
 
 # warned: the trap of USR1, which Slurm sends ahead of the time limit (--signal) or a person with scancel --batch.

@@ -31,8 +31,8 @@ fi
 . "$root/slurm/common.sh"
 
 read_arguments "$@"
-[[ -n "${MEGAWAN_VIDEOS:-}" ]] || fail "set MEGAWAN_VIDEOS to the folder or manifest of videos to encode"
-[[ -n "${MEGAWAN_DATA:-}" ]] || fail "set MEGAWAN_DATA to the latent store to write"
+required MEGAWAN_VIDEOS "the folder or manifest of videos to encode"
+required MEGAWAN_DATA "the latent store to write"
 last="$(asked array)"
 shards="${MEGAWAN_SHARDS:-$((${last#*-} + 1))}"
 share="${SLURM_ARRAY_TASK_ID:-0}"

@@ -45,7 +45,7 @@ def cases() -> dict[str, Any]:
     seen["shared"] = [dist.share_text(text if rank == 0 else "another") == text for text in TEXTS]
 
     seen["agree"] = agreement("weather", "sunny ü \udcff")
-    seen["disagree"] = agreement("weather", f"sunny on {rank}")
+    seen["disagree"] = agreement("weather", f"autumn\nsunny on {rank}\nwindy")
     seen["succeeded"] = [dist.all_succeeded(ok) for ok in (True, rank == 0, rank == 1, False)]
 
     value = torch.tensor([[1.0, float(rank)], [4.0, 10.0 * rank]], dtype=torch.float64)

@@ -34,11 +34,13 @@ def train(
     variables: dict[str, str] | None = None,
     meanwhile: Callable[[list[int], Path], None] | None = None,
     program: Sequence[object] = (TRAIN,),
+    of_rank_1: Sequence[object] = (),
 ) -> Ended:
     """Run `train.py flags...` on `world` ranks in `cwd` and return how each ended; none outlives this call.
 
-    `fault`: MEGAWAN_FAULT. `meanwhile` is called with the ranks' process numbers and the file of rank 0's
-    output. Ends at `timeout`, or 3 s after the last rank that is not stopped.
+    `fault`: MEGAWAN_FAULT. `of_rank_1`: flags for this rank alone. `meanwhile` is called with the ranks'
+    process numbers and the file of rank 0's output. Ends at `timeout`, or 3 s after the last rank that is
+    not stopped.
     """
     began, port, ranks = time.monotonic(), free_port(), list[subprocess.Popen[bytes]]()
     files = [(cwd / f".out{rank}", cwd / f".err{rank}") for rank in range(world)]
@@ -60,7 +62,7 @@ def train(
             with out.open("wb") as out_file, err.open("wb") as err_file:
                 ranks.append(
                     subprocess.Popen(
-                        [sys.executable, *map(str, program), *map(str, flags)],
+                        [sys.executable, *map(str, (*program, *flags, *(of_rank_1 if rank == 1 else ())))],
                         cwd=cwd,
                         env=environment,
                         stdin=subprocess.DEVNULL,

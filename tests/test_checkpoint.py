@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -370,8 +371,71 @@ def test_choose_says_what_it_does_not_take(sound: Path, capsys: pytest.CaptureFi
     assert checkpoint.choose(sound.parent / "nothing", "none") is None
     with pytest.raises(ValueError, match="--resume must: no checkpoint"):
         checkpoint.choose(sound.parent / "nothing", "must")
-    with pytest.raises(DamagedCheckpoint, match="nowhere"):
+    with pytest.raises(ValueError, match="--resume nowhere: no such folder; legal: auto, must, none"):
         checkpoint.choose(sound.parent, "nowhere")
+    (sound.parent / "weights").mkdir()
+    with pytest.raises(ValueError, match="weights: no checkpoint of a run; .* for --model.init_from; legal"):
+        checkpoint.choose(sound.parent, str(sound.parent / "weights"))
+
+
+def test_a_run_folder_stands_for_its_newest_sound_checkpoint(
+    sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    for step in (1, 2):
+        (sound.parent / f"step_000000{step}").rename(tmp_path / f"moved_{step}")
+    (run / "checkpoints").mkdir()
+    for step in (1, 2):
+        (tmp_path / f"moved_{step}").rename(run / f"checkpoints/step_000000{step}")
+    newest = run / "checkpoints/step_0000002"
+    nothing = tmp_path / "another"
+    assert checkpoint.choose(nothing, str(run)) == checkpoint.choose(nothing, str(newest.parent)) == newest
+    flip(newest / RANK_0, -3)
+    assert checkpoint.choose(nothing, str(run)) == run / "checkpoints/step_0000001"
+    assert f"skipped {newest}" in capsys.readouterr().out
+    (run / "checkpoints/step_0000001/manifest.json").unlink()
+    with pytest.raises(ValueError, match="every checkpoint under .*run is damaged"):
+        checkpoint.choose(nothing, str(run))
+
+
+def test_the_newest_is_the_one_of_the_highest_step_whatever_the_clock_says(sound: Path) -> None:
+    os.utime(sound.parent / "step_0000001", (2e9, 2e9))
+    os.utime(sound, (1e9, 1e9))
+    assert checkpoint.choose(sound.parent, "auto") == sound
+
+
+def test_a_commit_is_on_the_disk_before_anyone_can_see_its_name(
+    tmp_path: Path, alone: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The order that a power failure tests: bytes, manifest, folder, name, the name's folder, `latest`."""
+    done: list[str] = []
+    fsync, rename, replace = os.fsync, Path.rename, Path.replace
+
+    def logged_fsync(descriptor: int) -> None:
+        done.append(f"sync {relative(Path(os.readlink(f'/proc/self/fd/{descriptor}')))}")
+        fsync(descriptor)
+
+    def logged_rename(path: Path, target: Path) -> Path:
+        done.append(f"{relative(path)} -> {relative(target)}")
+        return rename(path, target)
+
+    def logged_replace(path: Path, target: Path) -> Path:
+        done.append(f"{relative(path)} -> {relative(target)}")
+        return replace(path, target)
+
+    def relative(path: Path) -> str:
+        return str(path.relative_to(tmp_path)).replace("step_0000001", "S")
+
+    monkeypatch.setattr(os, "fsync", logged_fsync)
+    monkeypatch.setattr(Path, "rename", logged_rename)
+    monkeypatch.setattr(Path, "replace", logged_replace)
+    saving.save(tmp_path, 1, pieces(0, 1), {}, KEEP_ALL)
+    wanted = []
+    for file in (f"S.tmp/{RANK_0}", "S.tmp/manifest.json"):
+        wanted += [f"sync {file}.tmp", f"{file}.tmp -> {file}", "sync S.tmp"]
+    wanted += ["sync S.tmp", "S.tmp -> S", "sync ."]
+    assert done == [*wanted, "sync latest.tmp", "latest.tmp -> latest", "sync ."]
 
 
 def test_views_of_one_buffer_and_other_dtypes_are_stored_as_fp32(tmp_path: Path, alone: None) -> None:

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from megawan.checkpoint import StepWeights
 from megawan.data.video import read_all
 from megawan.engine import extension_folder
+from megawan.models.layouts import open_weights
 from megawan.models.variants import get_variant
 from megawan.models.wan import WanModel
 from tests.commands import ROOT, Finished, command, rank_process, wait_for
@@ -143,9 +144,16 @@ def test_both_experts_of_an_a14b_become_one_model(experts: Path) -> None:
             expected = inputs.ours(model)
             assert expected.abs().max() > 1e-3
             assert torch.allclose(inputs.theirs(twin), expected, atol=1e-5)
-    native = tool("export_checkpoint", *pair, "--output", "n", cwd=experts)
-    assert native.code == 0, native.err
-    assert {path.name for path in (experts / "n").iterdir()} >= {"high_noise_model", "low_noise_model"}
+    job = ("--input", ".", "--dtype", "float32")  # the folder of a job of slurm/train_a14b.sh
+    native = tool("export_checkpoint", *job, "--output", "n", cwd=experts)
+    assert native.code == 0 and "step 1 of high and step 1 of low as native" in native.out, native.err
+    for expert in ("high", "low"):
+        saved = StepWeights(experts / expert / "checkpoints/step_0000001")
+        written = open_weights(experts / f"n/{expert}_noise_model")
+        assert sorted(written.keys()) == sorted(saved.keys())
+        assert all(torch.equal(written.load(key), saved.load(key)) for key in saved.keys())
+    twice = tool("export_checkpoint", *job, "--low_noise", "low", "--output", "twice", cwd=experts)
+    is_one_line(twice, "holds both experts", "leave --low_noise out")
 
 
 @pytest.mark.parametrize(

@@ -46,11 +46,22 @@ def test_flags_of_other_trainers() -> None:
     parsed = parse(
         "--learning-rate", "1e-4", "--gradient_accumulation_steps", "4", "--num_epochs", "2",
         "--save_steps=50", "--output_path", "o", "--local_rank=1", "--max_timestep_boundary", "0.417",
-        "--min_timestep_boundary", "0",
+        "--min_timestep_boundary", "0", "--resume-from-checkpoint", "must", "--keep_last", "3",
+        "--keep-every", "1000", "--save_minutes", "30", "--init-from", "w", "--allow_changes", "seed", "data",
     )  # fmt: skip
     assert (parsed.optim.learning_rate, parsed.accumulation, parsed.epochs) == (1e-4, 4, 2)
     assert (parsed.checkpoint.save_every, parsed.output, parsed.local_rank) == (50, Path("o"), -1)
     assert (parsed.flow.max_timestep_boundary, parsed.flow.min_timestep_boundary) == (0.417, 0.0)
+    saving = parsed.checkpoint
+    assert (saving.resume, saving.keep_last, saving.keep_every, saving.save_minutes) == ("must", 3, 1000, 30)
+    assert (parsed.model.init_from, saving.allow_changes) == (Path("w"), ("seed", "data"))
+
+
+@pytest.mark.parametrize("value", ["auto", "must", "none", "runs/my run"])
+def test_resume_and_init_from_are_flags_of_their_own(value: str) -> None:
+    assert parse("--resume", value).checkpoint.resume == value
+    assert parse("--resume", value).model.init_from is None
+    assert parse("--init-from", value).checkpoint.resume == "auto"
 
 
 @pytest.mark.parametrize(

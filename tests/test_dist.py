@@ -60,6 +60,14 @@ def test_many_ranks_need_a_meeting_place(monkeypatch: pytest.MonkeyPatch) -> Non
         dist.initialize(dist.Environment(0, 0, 2, 2), torch.device("cpu"), 5)
 
 
+def test_a_machine_that_sees_no_gpu_is_named() -> None:
+    store, gpu, cpu = torch.distributed.HashStore(), torch.device("cuda", 0), torch.device("cpu")
+    dist.require_one_kind(store, 0, gpu, "gpu01")
+    dist.require_one_kind(store, 1, gpu, "gpu02")
+    with pytest.raises(ValueError, match="rank 8 computes on cpu on gpu07, rank 0 on cuda on gpu01"):
+        dist.require_one_kind(store, 8, cpu, "gpu07")
+
+
 def test_a_process_of_its_own_is_a_world_of_one(capsys: pytest.CaptureFixture[str]) -> None:
     dist.say("no group yet")
     before = dict(os.environ)
@@ -93,11 +101,10 @@ def test_a_shared_text_arrives_whole(seen: list[dict[str, Any]]) -> None:
 
 
 def test_a_disagreement_names_the_stranger(seen: list[dict[str, Any]]) -> None:
-    for rank, one in enumerate(seen):
-        assert one["agree"] == ""
-        assert one["disagree"] == (
-            f"ranks [1] disagree with rank 0 about the weather; this rank has: sunny on {rank}"
-        )
+    named = "ranks [1] disagree with rank 0 about the weather; "
+    assert [one["agree"] for one in seen] == ["", ""]
+    assert seen[0]["disagree"] == named + "what they have stands in their own messages"
+    assert seen[1]["disagree"] == named + "this rank has: sunny on 1; rank 0 has: sunny on 0"
 
 
 def test_one_failure_is_everybodys(seen: list[dict[str, Any]]) -> None:

@@ -104,6 +104,7 @@ def cluster(tmp_path: Path) -> Cluster:
         "SLURM_SUBMIT_DIR": str(root),
         "MEGAWAN_DATA": f"/data/{AWKWARD}",
         "MEGAWAN_INIT": "/weights/Wan 14B",
+        "MEGAWAN_PREFLIGHT": "0",
     }
     return Cluster(home, root, env)
 
@@ -151,7 +152,7 @@ def test_what_sbatch_is_told(name: str) -> None:
 
 @pytest.mark.parametrize("name", TRAIN_SCRIPTS)
 def test_dry_run_needs_no_cluster(name: str, tmp_path: Path) -> None:
-    env = {"PATH": os.environ["PATH"], "MEGAWAN_DATA": "/d", "MEGAWAN_INIT": "/w"}
+    env = {"PATH": os.environ["PATH"], "MEGAWAN_DATA": "/d", "MEGAWAN_INIT": "/w", "MEGAWAN_PREFLIGHT": "0"}
     done = run(["bash", str(ROOT / f"slurm/{name}.sh"), "--dry-run", "--steps", "7"], env, tmp_path)
     assert done.returncode == 0, done.stderr
     commands = [shlex.split(line) for line in done.stdout.splitlines()]
@@ -160,6 +161,24 @@ def test_dry_run_needs_no_cluster(name: str, tmp_path: Path) -> None:
         assert words[0] == "srun" and "--dry-run" not in words
         assert flag(words, "--nproc_per_node") == "8" and flag(words, "--steps") == "7"
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "variables"),
+    [
+        *((name, ("MEGAWAN_DATA", "MEGAWAN_INIT")) for name in TRAIN_SCRIPTS),
+        ("encode_dataset", ("MEGAWAN_VIDEOS", "MEGAWAN_DATA")),
+    ],
+)
+def test_dry_run_without_any_setting_says_what_is_to_be_set(
+    name: str, variables: tuple[str, ...], tmp_path: Path
+) -> None:
+    done = run(["bash", str(ROOT / f"slurm/{name}.sh"), "--dry-run"], {"PATH": os.environ["PATH"]}, tmp_path)
+    assert done.returncode == 0 and not list(tmp_path.iterdir())
+    notes = done.stderr.splitlines()
+    assert [note.split(": note: set ")[1].split()[0] for note in notes] == list(variables)
+    for line in done.stdout.splitlines():
+        assert line.startswith("srun ") and {f"/path/of/{variables[0]}"} <= set(shlex.split(line))
 
 
 @pytest.mark.parametrize("name", TRAIN_SCRIPTS)
@@ -210,6 +229,50 @@ def test_synthetic_data_and_random_weights_are_asked_for_by_name(cluster: Cluste
     assert flag(words, "--nproc_per_node") == "2"
 
 
+@pytest.mark.parametrize(("name", "worlds"), [("train_14b", 1), ("train_a14b", 2)])
+def test_every_world_is_looked_at_first_with_the_same_words(name: str, worlds: int, cluster: Cluster) -> None:
+    dry = cluster.run(name, "--dry-run", "--steps", "7", MEGAWAN_PREFLIGHT="1")
+    assert len(dry.stdout.splitlines()) == 2 * worlds and not cluster.calls("srun")
+    done = cluster.run(name, "--steps", "7", MEGAWAN_PREFLIGHT="1")
+    assert done.returncode == 0 and done.stdout == dry.stdout
+    calls = cluster.calls("srun")
+    looks = [words for words in calls if str(cluster.root / "tools/preflight.py") in words]
+    trains = [words for words in calls if str(cluster.root / "megawan/train.py") in words]
+    assert len(looks) == len(trains) == worlds
+    for look, train in zip(
+        *(sorted(many, key=lambda words: words[3]) for many in (looks, trains)), strict=True
+    ):
+        assert calls.index(look) < calls.index(train)
+        tool = look.index(str(cluster.root / "tools/preflight.py"))
+        assert [word for word in train_flags(train) if word != "--health_check"] == look[tool + 1 :]
+        ours = [word for word in look[:tool] if not word.startswith("--rdzv_id")]
+        assert ours == [word for word in train[:tool] if not word.startswith("--rdzv_id")]
+        assert flag(look, "--rdzv_id") == flag(train, "--rdzv_id") + "-preflight"
+
+
+def test_a_failed_preflight_fails_the_job_without_training(cluster: Cluster) -> None:
+    fails = '[[ "$*" != *preflight.py* ]] || exit 7'
+    assert cluster.run("train_14b", MEGAWAN_PREFLIGHT="1", STUB_SRUN=fails).returncode == 7
+    assert not [words for words in cluster.calls("srun") if any(word.endswith("train.py") for word in words)]
+    assert not requeues(cluster)
+
+
+def test_a_warning_during_the_preflight_requeues_the_job(cluster: Cluster) -> None:
+    slow = '[[ "$*" != *preflight.py* ]] || { touch "$HOME/ready"; sleep 3; }'
+    job = cluster.start("train_14b", MEGAWAN_PREFLIGHT="1", STUB_SRUN=slow)
+    wait_for((cluster.home / "ready").exists)
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(20) == 0
+    assert requeues(cluster) == [["requeue", "123457"]]
+
+
+def test_a_requeued_job_is_not_looked_at_again_unless_asked(cluster: Cluster) -> None:
+    for asked, looks in (("1", 0), ("always", 1)):
+        cluster.run("train_14b", MEGAWAN_PREFLIGHT=asked, SLURM_RESTART_COUNT="1")
+        calls = [word for words in cluster.calls("srun") for word in words]
+        assert sum(word.endswith("preflight.py") for word in calls) == looks
+
+
 def test_both_experts_share_the_allocation(cluster: Cluster) -> None:
     env = {"STUB_NODES": "5", "MEGAWAN_HIGH_NODES": "2", "MEGAWAN_TASK": "i2v"}
     done = cluster.run("train_a14b", **env)
@@ -225,6 +288,13 @@ def test_both_experts_share_the_allocation(cluster: Cluster) -> None:
         assert flag(words, "--model.variant") == flag(words, "--flow.expert") == f"i2v-A14B-{expert}"
         assert flag(words, "--model.init_from") == f"/weights/Wan 14B/{expert}_noise_model"
         assert flag(words, "--output") == str(cluster.root / "runs/my run" / expert)
+
+
+def test_both_experts_of_a_tiny_model_try_the_script(cluster: Cluster) -> None:
+    cluster.run("train_a14b", MEGAWAN_TASK="debug")
+    variants = [flag(words, "--model.variant") for words in cluster.calls("srun")]
+    assert sorted(variants) == ["debug-A14B-high", "debug-A14B-low"]
+    assert not [words for words in cluster.calls("srun") if "--flow.expert" in words]
 
 
 def test_the_allocation_is_halved_by_default(cluster: Cluster) -> None:
@@ -248,6 +318,17 @@ def test_container(cluster: Cluster) -> None:
         f"{cluster.root}:{cluster.root},{output}:{output},{data}:{data},/scratch:/scratch"
     )
     assert words[words.index("torch.distributed.run") - 2] == "python3"
+
+
+@pytest.mark.parametrize(("python", "first"), [("/opt/my env/python", "/opt/my env"), ("python3", None)])
+def test_the_interpreters_folder_comes_first_on_path(
+    python: str, first: str | None, cluster: Cluster
+) -> None:
+    stub(cluster.home / "python3", "true")
+    cluster.run(
+        "train_14b", MEGAWAN_PYTHON=python, MEGAWAN_CONTAINER="image", STUB_SRUN='echo "$PATH" >"$HOME/path"'
+    )
+    assert (cluster.home / "path").read_text().split(":")[0] == (first or f"{cluster.home}/bin")
 
 
 @pytest.mark.parametrize(
@@ -425,6 +506,29 @@ def test_train_on_one_machine(has_gpu: bool, env: dict[str, str], ranks: list[st
         "--steps",
         "3",
     ]
+
+
+@pytest.mark.parametrize("script", ["train.sh", "train_multinode.sh"])
+def test_a_launcher_looks_first_when_asked(script: str, tmp_path: Path) -> None:
+    root = tmp_path / "checkout"
+    shutil.copytree(ROOT / "launchers", root / "launchers")
+    (tmp_path / "hosts").write_text("node1 slots=8\n")
+    env = {
+        **launcher_env(tmp_path, has_gpu=True),
+        "HOSTFILE": str(tmp_path / "hosts"),
+        "MEGAWAN_PREFLIGHT": "1",
+    }
+    write = (
+        'printf \'%s\\n\' "$*" >>"$HOME/lines"; [[ "$*" != *preflight.py* ]] || exit "${STUB_PREFLIGHT:-0}"'
+    )
+    stub(tmp_path / "bin/python3", f'[[ "$1" != -c ]] || exit 0\n{write}')
+    command = ["bash", str(root / f"launchers/{script}"), "--steps", "3"]
+    assert run(command, env, tmp_path).returncode == 0
+    look, train = (tmp_path / "lines").read_text().splitlines()
+    assert look.replace("tools/preflight.py", "megawan/train.py") == train != look
+    (tmp_path / "lines").unlink()
+    assert run(command, {**env, "STUB_PREFLIGHT": "1"}, tmp_path).returncode == 1
+    assert len((tmp_path / "lines").read_text().splitlines()) == 1
 
 
 def test_train_without_setup_says_so(tmp_path: Path) -> None:

@@ -2,12 +2,17 @@
 aside. One group of two ranks serves all tests."""
 
 import os
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megawan import changes
+from megawan import changes, train
+from megawan.checkpoint import CheckpointOptions
 from megawan.run_folder import LOCK
+from megawan.watch import PHASES, Watch
+from tests.dist_workers import world_of_one
 from tests.distributed import run_distributed
 
 
@@ -63,6 +68,32 @@ def test_a_folder_that_cannot_take_checkpoints_is_refused_by_all(seen: list[dict
         assert "another rank" in seen[1]["folder"][name]
     assert both(seen, "folder", "left") == [LOCK]
     assert not both(seen, "folder", "unused")
+
+
+def test_a_disk_that_will_be_full_is_said_beforehand(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    size = shutil.disk_usage(tmp_path).free // 2
+    for keep_last, needed in ((0, size), (2, 1)):  # all stay, and nobody knows how many; there is room
+        train.warn_of_little_room(tmp_path, needed, CheckpointOptions(keep_last=keep_last))
+    assert capsys.readouterr().out == ""
+    train.warn_of_little_room(tmp_path, size, CheckpointOptions(keep_last=2))
+    said = capsys.readouterr().out
+    assert said.startswith(f"warning: {tmp_path} has room for ") and "keep_last 2 needs 3" in said
+    for step in (1, 2, 3):  # they take their room already; this run's save makes one of them go
+        (tmp_path / f"step_000000{step}").mkdir()
+    train.warn_of_little_room(tmp_path, size, CheckpointOptions(keep_last=2))
+    assert capsys.readouterr().out == ""
+
+
+def test_a_phase_that_no_report_knows_is_refused(tmp_path: Path) -> None:
+    with world_of_one():
+        watch = Watch(tmp_path, 60)
+        for phase in PHASES:
+            watch.at(1, phase)
+        with pytest.raises(ValueError, match="'lunch' is not in watch.PHASES"):
+            watch.at(1, "lunch")
+        watch.close()
 
 
 def test_training_goes_on_while_a_save_writes_what_it_copied(seen: list[dict[str, Any]]) -> None:

@@ -1,9 +1,11 @@
 """What each rank does in the tests of ZeRO's bytes; started by tests/distributed.py."""
 
+import itertools
 from collections import Counter
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from megawan import dist, ds_config, optim
 from megawan.models.initial import InitialWeights
@@ -12,13 +14,16 @@ from megawan.models.wan import LEAF_MODULES, WanModel
 
 
 def counting(name: str, call: Any, sent: Counter[str]) -> Any:
-    """Return `call`, adding the bytes of its larger tensor that travel: all but this rank's own part."""
+    """Return `call`, adding the bytes of its larger tensor that travel: all but this rank's own part, and
+    twice that where the result is on every rank. Single numbers (norms, overflow) are left out."""
+    ways = 2 if name == "all_reduce" else 1
 
     def counted(*given: Any, **named: Any) -> Any:
         world = torch.distributed.get_world_size()
         tensors = [value for value in (*given, *named.values()) if isinstance(value, torch.Tensor)]
         larger = max(tensors, key=torch.Tensor.numel)
-        sent[name] += larger.numel() * larger.element_size() * (world - 1) // world
+        if larger.numel() > 8:
+            sent[name] += ways * larger.numel() * larger.element_size() * (world - 1) // world
         return call(*given, **named)
 
     return counted
@@ -38,13 +43,25 @@ def states(engine: Any, model: torch.nn.Module) -> dict[str, list[torch.Tensor]]
         return {
             "weights": [parameter.ds_tensor for parameter in parameters],
             "gradients": list(inner._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition.values()),
-            "optimizer": [*inner.fp32_partitioned_groups_flat, *moments(inner.optimizer)],
+            "optimizer": [
+                *inner.fp32_partitioned_groups_flat,
+                *(flat.grad for flat in inner.fp32_partitioned_groups_flat if flat.grad is not None),
+                *moments(inner.optimizer),
+            ],
         }
     return {
         "weights": parameters,
-        "gradients": [gradient for group in inner.averaged_gradients.values() for gradient in group],
+        "gradients": [x for group in inner.averaged_gradients.values() for x in group or ()],
         "optimizer": [*inner.single_partition_of_fp32_groups, *moments(inner.optimizer)],
     }
+
+
+def peak(allocations: profile) -> int:
+    """Return the most that was allocated at once."""
+    assert allocations.profiler is not None and allocations.profiler.kineto_results is not None
+    events = sorted(allocations.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    sizes = (event.nbytes() for event in events if event.name() == "[memory]")
+    return max(itertools.accumulate(sizes), default=0)
 
 
 def moments(optimizer: Any) -> list[torch.Tensor]:
@@ -52,9 +69,14 @@ def moments(optimizer: Any) -> list[torch.Tensor]:
 
 
 def steps(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Take three steps in every case; return the bytes of the last, by collective, and the states held."""
+    """Take three steps in every case; return the bytes that the last sent, by collective, the states held
+    before its update and the most that the update took beside them."""
     sent: Counter[str] = Counter()
-    for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):  # before DeepSpeed takes hold of them
+    for name in (
+        "all_gather_into_tensor",
+        "reduce_scatter_tensor",
+        "all_reduce",
+    ):  # before DeepSpeed takes hold of them
         setattr(torch.distributed, name, counting(name, getattr(torch.distributed, name), sent))
     from megawan import engine as engines
 
@@ -68,7 +90,7 @@ def steps(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
             {"zero_optimization": {"stage": 3, **case["zero"]}, **case.get("file", {})},
             where="test",
             micro_batch=1,
-            accumulation=1,
+            accumulation=case.get("accumulation", 1),
             world_size=place.world_size,
             grad_clip=1.0,
             precision=case.get("precision", "bf16"),
@@ -81,15 +103,18 @@ def steps(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
         engines.load_weights(engine, InitialWeights(wan, 0), lambda: None)
         for _ in range(3):
             sent.clear()
-            latents = torch.randn(1, 16, 2, 4, 6, generator=generator)
-            text = torch.randn(1, wan.text_len, wan.text_dim, generator=generator)
-            pred = engine(latents, torch.tensor([500.0]), text)
-            engine.backward(pred.float().square().mean())
-            held = states(engine, model)
-            engines.optimizer_step(engine, 1.0)
+            for _ in range(case.get("accumulation", 1)):
+                latents = torch.randn(1, 16, 2, 4, 6, generator=generator)
+                text = torch.randn(1, wan.text_len, wan.text_dim, generator=generator)
+                pred = engine(latents, torch.tensor([500.0]), text)
+                engine.backward(pred.float().square().mean())
+                held = states(engine, model)
+                with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as allocations:
+                    engines.optimizer_step(engine, 1.0)
         results.append(
             {
                 "sent": dict(sent),
+                "update": peak(allocations),
                 "held": {
                     name: sum(x.numel() * x.element_size() for x in tensors) for name, tensors in held.items()
                 },

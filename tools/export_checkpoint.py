@@ -1,8 +1,7 @@
 """Write a training checkpoint as weights that Wan's own code, diffusers, DiffSynth and ComfyUI open.
 
-    python tools/export_checkpoint.py --input runs/my14b --output my14b --layout native
-    python tools/export_checkpoint.py --input runs/a14b-high --low_noise runs/a14b-low --output a14b \\
-        --layout diffusers
+python tools/export_checkpoint.py --input runs/my14b --output my14b --layout native
+python tools/export_checkpoint.py --input runs/wan-a14b --output a14b --layout diffusers
 """
 
 import shlex
@@ -32,7 +31,8 @@ class Options:
     """What to export, and how."""
 
     input: Path
-    """Run folder (its newest sound checkpoint is taken) or one step folder."""
+    """Run folder (its newest checkpoint is taken), one step folder, or the folder of an A14B job: the runs of
+    both experts, high and low, become one model."""
     output: Path
     """New folder for the weights, config.json and model card."""
     layout: Literal["native", "diffusers", "comfyui"] = "native"
@@ -43,15 +43,16 @@ class Options:
     weights: Literal["master", "ema"] = "master"
     """The trained weights, or their moving average of a run with --ema.decay."""
     low_noise: Path | None = None
-    """The low-noise expert's run, when --input is the high-noise expert of an A14B: one model with both."""
+    """The low-noise expert's run, when --input is the high-noise expert of an A14B and lies elsewhere."""
 
 
 def main(argv: Sequence[str]) -> None:
     """Export as `argv` says. Raises UserError naming file and cause; nothing is left half-written."""
     options = parse(Options, argv, prog=PROG, description=(__doc__ or "").split("\n\n")[0])
     try:
-        saved = open_verified(options.input, options.weights)
-        low = None if options.low_noise is None else open_verified(options.low_noise, options.weights)
+        high_run, low_run = experts(options.input, options.low_noise)
+        saved = open_verified(high_run, options.weights)
+        low = None if low_run is None else open_verified(low_run, options.weights)
         variant = get_variant(saved.manifest["variant"])
         wan = variant.config
         if low is not None:
@@ -72,10 +73,22 @@ def main(argv: Sequence[str]) -> None:
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from None
     size = sum(file.stat().st_size for file in files)
+    sources = [f"step {one.step} of {one.folder.parent.parent}" for one in (saved, low) if one is not None]
     print(
-        f"exported step {saved.step} of {saved.folder.parent.parent} as {options.layout} {options.dtype}:"
+        f"exported {' and '.join(sources)} as {options.layout} {options.dtype}:"
         f" {len(files)} file{'s' if len(files) > 1 else ''}, {size / 1e6:,.1f} MB in {options.output}"
     )
+
+
+def experts(given: Path, low_noise: Path | None) -> tuple[Path, Path | None]:
+    """Return the runs to export: one, or the high- and the low-noise expert's. Raises ValueError when both
+    are named twice."""
+    inside = given / "high", given / "low"
+    if find_step_folder(given) is not None or not any(run.is_dir() for run in inside):
+        return given, low_noise
+    if low_noise is not None:
+        raise ValueError(f"--input {given} holds both experts, high and low; leave --low_noise out")
+    return inside
 
 
 def require_pair(high: Variant, low: Variant, folder: Path) -> None:

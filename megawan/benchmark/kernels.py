@@ -6,10 +6,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from megawan import cost
 from megawan.benchmark.report import Table
 from megawan.benchmark.timing import Spread, interleaved, paired_ratio
 from megawan.benchmark.traffic import moved_bytes
+from megawan.hardware import peak_flops
 from megawan.models.attention import BACKENDS, select_attention
 from megawan.models.heads import RMSNorm
 from megawan.models.precision import gated_add, modulated_norm
@@ -169,6 +169,6 @@ def products(device: torch.device, dtype: torch.dtype, repetitions: int, warm_up
         seconds = interleaved(call, repetitions=repetitions, warm_up=warm_up, device=device)["product"]
         rate = 2 * math.prod((rows, inner, columns)) / Spread.of(seconds).median
         row = {"rows x inner x columns": f"{rows} x {inner} x {columns}", "TFLOP/s": rate / 1e12}
-        peak = cost.peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         table.rows.append(row | ({"of peak": f"{rate / peak:.1%}"} if peak else {}))
     return table

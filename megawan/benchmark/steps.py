@@ -17,6 +17,7 @@ from megawan.benchmark.profiling import self_times
 from megawan.benchmark.report import Table
 from megawan.benchmark.timing import Spread, interleaved, paired_ratio
 from megawan.benchmark.traffic import moved_bytes
+from megawan.hardware import peak_flops
 from megawan.models.initial import initialise_
 from megawan.models.wan import WanModel
 
@@ -112,7 +113,7 @@ def _timed(
             ratio = paired_ratio(own, seconds[best])
             row[title] = f"{ratio.median:.3f} ({ratio.low:.3f} to {ratio.high:.3f}; {best.split()[0]})"
     row["TFLOP/s"] = problem.flops / spread.median / 1e12
-    if device.type == "cuda" and (peak := cost.peak_flops(torch.cuda.get_device_name(device))):
+    if device.type == "cuda" and (peak := peak_flops(torch.cuda.get_device_name(device))):
         row["MFU"] = f"{cost.mfu(problem.flops, spread.median, 1, peak):.1%}"
     return row
 

@@ -107,12 +107,16 @@ class WanConfig:
 
 @dataclass(frozen=True)
 class Sampling:
-    """What the model's authors sample with: solver steps, shift, guidance and frame rate."""
+    """What the model's authors sample with: solver and steps, shift, guidance, frame rate and clip size."""
 
     steps: int = 50
     shift: float = 5.0
     guidance: float = 5.0
     fps: int = 16
+    num_frames: int = 81
+    height: int = 480
+    width: int = 832
+    solver: Literal["euler", "unipc"] = "unipc"
 
 
 @dataclass(frozen=True)
@@ -162,6 +166,8 @@ _DEBUG_I2V = dataclasses.replace(_DEBUG, model_type="i2v", in_dim=36, image_dim=
 _DEBUG_I2V_A14B = dataclasses.replace(_DEBUG_A14B, model_type="i2v", in_dim=36)
 
 _A14B_T2V_SAMPLING = Sampling(steps=40, shift=12.0, guidance=4.0)
+_TI2V_SAMPLING = Sampling(fps=24, num_frames=121, height=704, width=1280)
+_DEBUG_SAMPLING = Sampling(steps=20, guidance=3.0, num_frames=9, height=64, width=64, solver="euler")
 _A14B_I2V_SAMPLING = Sampling(steps=40, shift=5.0, guidance=3.5)
 
 _ROWS = (
@@ -172,8 +178,20 @@ _ROWS = (
     Variant(
         "i2v-14B-480P", _I2V_14B, "i2v", "Wan-AI/Wan2.1-I2V-14B-480P", sampling=Sampling(steps=40, shift=3.0)
     ),
-    Variant("i2v-14B-720P", _I2V_14B, "i2v", "Wan-AI/Wan2.1-I2V-14B-720P", sampling=Sampling(steps=40)),
-    Variant("flf2v-14B", _FLF2V_14B, "flf2v", "Wan-AI/Wan2.1-FLF2V-14B-720P", sampling=Sampling(shift=16.0)),
+    Variant(
+        "i2v-14B-720P",
+        _I2V_14B,
+        "i2v",
+        "Wan-AI/Wan2.1-I2V-14B-720P",
+        sampling=Sampling(steps=40, height=720, width=1280),
+    ),
+    Variant(
+        "flf2v-14B",
+        _FLF2V_14B,
+        "flf2v",
+        "Wan-AI/Wan2.1-FLF2V-14B-720P",
+        sampling=Sampling(shift=16.0, height=720, width=1280),
+    ),
     Variant(
         "t2v-A14B-high", _T2V_14B, "t2v", "Wan-AI/Wan2.2-T2V-A14B", "2.1", "high", 0.875, _A14B_T2V_SAMPLING
     ),
@@ -193,7 +211,7 @@ _ROWS = (
     Variant(
         "i2v-A14B-low", _I2V_A14B, "i2v", "Wan-AI/Wan2.2-I2V-A14B", "2.1", "low", 0.9, _A14B_I2V_SAMPLING
     ),
-    Variant("ti2v-5B", _TI2V_5B, "ti2v", "Wan-AI/Wan2.2-TI2V-5B", "2.2", sampling=Sampling(fps=24)),
+    Variant("ti2v-5B", _TI2V_5B, "ti2v", "Wan-AI/Wan2.2-TI2V-5B", "2.2", sampling=_TI2V_SAMPLING),
     Variant("fun-inp-1.3B", _I2V_1_3B, "flf2v", "alibaba-pai/Wan2.1-Fun-1.3B-InP"),
     Variant("fun-inp-14B", _I2V_14B, "flf2v", "alibaba-pai/Wan2.1-Fun-14B-InP"),
     Variant(
@@ -210,23 +228,37 @@ _ROWS = (
     ),
     Variant("vace-1.3B", _VACE_1_3B, "vace", "Wan-AI/Wan2.1-VACE-1.3B", sampling=Sampling(shift=16.0)),
     Variant("vace-14B", _VACE_14B, "vace", "Wan-AI/Wan2.1-VACE-14B", sampling=Sampling(shift=16.0)),
-    Variant("debug", _DEBUG, "t2v", ""),
-    Variant("debug-A14B-high", _DEBUG_A14B, "t2v", "", "2.1", "high", 0.875),
-    Variant("debug-A14B-low", _DEBUG_A14B, "t2v", "", "2.1", "low", 0.875),
-    Variant("debug-i2v", _DEBUG_I2V, "i2v", ""),
-    Variant("debug-i2v-A14B-high", _DEBUG_I2V_A14B, "i2v", "", "2.1", "high", 0.9),
-    Variant("debug-i2v-A14B-low", _DEBUG_I2V_A14B, "i2v", "", "2.1", "low", 0.9),
-    Variant(
-        "debug-flf2v",
-        dataclasses.replace(_DEBUG_I2V, model_type="flf2v", pos_embed_seq_len=2 * CLIP_TOKENS),
-        "flf2v",
-        "",
+    *(
+        dataclasses.replace(variant, sampling=_DEBUG_SAMPLING)
+        for variant in (
+            Variant("debug", _DEBUG, "t2v", ""),
+            Variant("debug-A14B-high", _DEBUG_A14B, "t2v", "", "2.1", "high", 0.875),
+            Variant("debug-A14B-low", _DEBUG_A14B, "t2v", "", "2.1", "low", 0.875),
+            Variant("debug-i2v", _DEBUG_I2V, "i2v", ""),
+            Variant("debug-i2v-A14B-high", _DEBUG_I2V_A14B, "i2v", "", "2.1", "high", 0.9),
+            Variant("debug-i2v-A14B-low", _DEBUG_I2V_A14B, "i2v", "", "2.1", "low", 0.9),
+            Variant(
+                "debug-flf2v",
+                dataclasses.replace(_DEBUG_I2V, model_type="flf2v", pos_embed_seq_len=2 * CLIP_TOKENS),
+                "flf2v",
+                "",
+            ),
+            Variant(
+                "debug-ti2v",
+                dataclasses.replace(_DEBUG, model_type="ti2v", in_dim=48, out_dim=48),
+                "ti2v",
+                "",
+                "2.2",
+            ),
+            Variant("debug-control", dataclasses.replace(_DEBUG_I2V, in_dim=48), "control", ""),
+            Variant(
+                "debug-vace",
+                dataclasses.replace(_DEBUG, model_type="vace", vace_layers=(0, 2, 4)),
+                "vace",
+                "",
+            ),
+        )
     ),
-    Variant(
-        "debug-ti2v", dataclasses.replace(_DEBUG, model_type="ti2v", in_dim=48, out_dim=48), "ti2v", "", "2.2"
-    ),
-    Variant("debug-control", dataclasses.replace(_DEBUG_I2V, in_dim=48), "control", ""),
-    Variant("debug-vace", dataclasses.replace(_DEBUG, model_type="vace", vace_layers=(0, 2, 4)), "vace", ""),
 )
 VARIANTS: dict[str, Variant] = {variant.name: variant for variant in _ROWS}
 

@@ -19,10 +19,39 @@ MUTATIONS = {
         "written = True",
         "tests/test_checkpoint.py",
     ),
+    "no barrier: rank 0 commits before the others wrote": (
+        "megawan/saving.py",
+        "    written = dist.all_succeeded(not problem, group)\n"
+        "    entries = _share_entries(digest, size, group)\n"
+        "    if written and",
+        '    written, entries = True, {rank_file(rank): {"bytes": size, "sha256": digest}}\n'
+        "    if written and",
+        "tests/test_checkpoint.py",
+    ),
     "latest before the rename": (
         "megawan/saving.py",
+        "        aside.rename(final)\n        sync(final.parent)\n"
+        '        write_text(final.parent / "latest", final.name + "\\n")\n',
+        '        write_text(final.parent / "latest", final.name + "\\n")\n'
         "        aside.rename(final)\n        sync(final.parent)\n",
-        '        write_text(final.parent / "latest", "x")\n        aside.rename(final / "x")\n',
+        "tests/test_checkpoint.py",
+    ),
+    "the step folder has its name before the disk has its files": (
+        "megawan/saving.py",
+        '    write_json(aside / "manifest.json", manifest)\n    sync(aside)\n',
+        '    write_json(aside / "manifest.json", manifest)\n',
+        "tests/test_checkpoint.py",
+    ),
+    "a file has its name before the disk has its bytes": (
+        "megawan/files.py",
+        "    sync(aside)\n    aside.replace(path)\n",
+        "    aside.replace(path)\n    sync(path)\n",
+        "tests/test_checkpoint.py",
+    ),
+    "the newest is that of the youngest file": (
+        "megawan/checkpoint.py",
+        "return sorted(found, key=step_of, reverse=True)",
+        "return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)",
         "tests/test_checkpoint.py",
     ),
     "hashes are not looked at": (
@@ -71,6 +100,14 @@ MUTATIONS = {
         "megawan/trainer.py",
         "self.engine.backward(self._bounded(result.loss, result.per_sample))",
         "self.engine.backward(result.loss)",
+        "tests/test_faults.py::test_a_step_that_is_no_number_on_one_rank_moves_no_weight_on_any",
+    ),
+    "a rank skips its bad step alone": (
+        "megawan/train.py",
+        '        watch.at(step, "forward and backward", samples)\n',
+        '        watch.at(step, "forward and backward", samples)\n'
+        "        if not all(batch.latents.isfinite().all() for batch in micro_batches):\n"
+        "            continue\n",
         "tests/test_faults.py::test_a_step_that_is_no_number_on_one_rank_moves_no_weight_on_any",
     ),
     "each rank looks at its own samples only": (

@@ -161,6 +161,24 @@ def with_process(pid: int, number: int) -> None:
         return
 
 
+@pytest.mark.parametrize("kind", ["SIGKILL", "SIGSTOP", "hang"])
+def test_a_rank_that_fails_the_health_check_is_named(kind: str, tmp_path: Path) -> None:
+    flags = (*RUN, "--health_check", "--dist_timeout", "8")
+    ended = train(tmp_path, *flags, fault=f"0:1:{kind}@health")
+    assert ended.codes[0] == 1 and ended.seconds < LOST_S
+    said = one_line(ended, 0)
+    assert "rank 1 (" in said and "step 0, health check" in said
+    assert not (tmp_path / "run/config.json").exists()
+
+
+def test_ranks_with_another_configuration_stop_before_they_train(tmp_path: Path) -> None:
+    ended = train(tmp_path, *RUN, of_rank_1=("--optim.learning_rate", "3e-4"))
+    assert ended.codes == [1, 1] and ended.seconds < LOST_S
+    assert all("ranks [1] disagree with rank 0 about the configuration" in one_line(ended, r) for r in (0, 1))
+    assert "this rank has: optim.learning_rate 0.0003; rank 0 has: optim.learning_rate" in one_line(ended, 1)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("variables", [{"MASTER_ADDR": "no-such-host.invalid"}, {"WORLD_SIZE": "3"}])
 def test_a_world_that_does_not_come_together_ends_in_one_line(
     variables: dict[str, str], tmp_path: Path

@@ -2,7 +2,9 @@
 
 import base64
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -50,9 +52,6 @@ def served(*words: object, log: Path) -> Iterator[subprocess.Popen[bytes]]:
         try:
             yield process
         finally:
-            import os
-            import signal
-
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
@@ -83,8 +82,8 @@ def until(right: Callable[[], Any], seconds: float, what: str) -> Any:
 class Browser:
     """One window."""
 
-    def __init__(self, driver: str) -> None:
-        options = {"binary": CHROMIUM, "args": list(FLAGS)}
+    def __init__(self, driver: str, profile: Path) -> None:
+        options = {"binary": CHROMIUM, "args": [*FLAGS, f"--user-data-dir={profile}"]}
         wanted = {"capabilities": {"alwaysMatch": {"goog:chromeOptions": options}}}
         self._session = f"{driver}/session/{ask(f'{driver}/session', wanted)['value']['sessionId']}"
 
@@ -109,7 +108,7 @@ def browser(folder: Path) -> Iterator[Browser]:
     with served(DRIVER, f"--port={port}", log=folder / "driver.log"):
         base = f"http://127.0.0.1:{port}"
         until(lambda: ask(f"{base}/status")["value"]["ready"], 30, "chromedriver")
-        yield Browser(base)
+        yield Browser(base, folder / "profile")
 
 
 @contextmanager

@@ -66,6 +66,7 @@ def submit(
         "MEGAWAN_DATA": "synthetic",
         "MEGAWAN_INIT": "random",
         "MEGAWAN_RANKS_PER_NODE": "1",
+        "MEGAWAN_PREFLIGHT": "0",
         "MEGAWAN_OUTPUT": str(checkout / output),
     }
     sbatch = ("sbatch", "--parsable", *options, f"slurm/{script}.sh", *words)
@@ -83,7 +84,7 @@ def test_two_nodes_train_and_a_warned_job_is_requeued_to_the_same_bits(slurm: Sl
     assert "finished 60 steps" in printed(slurm, checkout, whole)
     assert "layout: 2 ranks = dp 1 x ring 1 x ulysses 2" in printed(slurm, checkout, whole)
 
-    warned = submit(slurm, checkout, "train_14b", *flags, output="warned run")
+    warned = submit(slurm, checkout, "train_14b", *flags, output="warned run", MEGAWAN_PREFLIGHT="1")
     until(lambda: "step 5/60" in printed(slurm, checkout, warned), "step 5", 180)
     slurm.run("scancel", "--batch", "--signal=USR1", warned)
     until(lambda: "Restarts=1" in slurm.run("scontrol", "show", "job", warned), "the requeue", 60)
@@ -91,7 +92,21 @@ def test_two_nodes_train_and_a_warned_job_is_requeued_to_the_same_bits(slurm: Sl
     slurm.wait(warned, timeout=180)
     said = printed(slurm, checkout, warned)
     assert "resumed" in said and "finished 60 steps" in said
+    # Looked at before the first step, and not again after the requeue.
+    assert said.count("preflight: ") == 1 and said.index("preflight: ") < said.index("step 1/60")
+    assert f"✓ slurm           job {warned}: 2 ranks on 2 nodes" in said
+    assert "✓ ulysses         2 ranks; the slowest sends: all-to-all " in said
     assert digests(checkout / "warned run", 60) == digests(checkout / "whole run", 60)
+
+
+def test_a_job_whose_store_is_missing_ends_with_the_table(slurm: Slurm, checkout: Path) -> None:
+    there = {"MEGAWAN_PREFLIGHT": "1", "MEGAWAN_DATA": str(checkout / "no store")}
+    job = submit(slurm, checkout, "train_14b", *DEBUG, *TWO_RANKS, output="never trained", **there)
+    slurm.wait(job, ["FAILED"])
+    said = printed(slurm, checkout, job)
+    assert "✗ data            " in said and "not a finished latent store" in said and "mend: encode" in said
+    assert "1 FAILED: data" in said and "layout: 2 ranks" not in said
+    assert not list((checkout / "never trained").iterdir())
 
 
 def test_a_cancelled_job_leaves_nothing_running(slurm: Slurm, checkout: Path) -> None:
@@ -137,13 +152,22 @@ def test_an_array_encodes_shares_that_merge_without_copying(slurm: Slurm, checko
 
 
 def test_both_experts_train_in_one_job(slurm: Slurm, checkout: Path) -> None:
-    flags = (*DEBUG, "--parallel.ulysses_degree", "1", "--steps", "3")
-    job = submit(slurm, checkout, "train_a14b", *flags, options=("--nodes=2",), output="both experts")
+    flags = (*DEBUG[2:], "--parallel.ulysses_degree", "1", "--steps", "3")
+    two = ("--nodes=2",)
+    job = submit(
+        slurm, checkout, "train_a14b", *flags, options=two, output="both experts", MEGAWAN_TASK="debug"
+    )
     slurm.wait(job, timeout=180)
     said = printed(slurm, checkout, job)
     assert said.count("finished 3 steps") == 2
     for expert in ("high", "low"):
         assert StepWeights(checkout / f"both experts/{expert}/checkpoints/step_0000003").step == 3
+    assert "sigma 0.875300..1" in said and "sigma 0.004980..0.874850" in said
+    folders = {"native": "low_noise_model", "diffusers": "transformer_2"}
+    for layout, low in folders.items():
+        words = ("--input", "both experts", "--output", f"one model {layout}", "--layout", layout)
+        made = command(ROOT / "tools/export_checkpoint.py", *words, cwd=checkout)
+        assert made.code == 0 and (checkout / f"one model {layout}" / low).is_dir(), made.err
 
 
 def test_a_job_that_cannot_train_fails_with_one_line(slurm: Slurm, checkout: Path) -> None:

@@ -1,0 +1,1 @@
+"""A real launch line's checks without training: every rank tells what would stop this run."""
