@@ -36,6 +36,7 @@ def cases(folder: str) -> dict[str, Any]:
         torch.distributed.barrier()
         seen[case] = {row.name: [row.ok, row.found, row.mend] for row in rows}
         seen[case]["left behind"] = sorted(set(map(str, base.rglob("*"))) - set(before))
+        torch.distributed.barrier()  # what comes next writes into the folder
 
     other = place.rank == place.world_size - 1  # one rank of two, or the only one
     look("sound")

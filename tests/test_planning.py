@@ -154,8 +154,10 @@ def test_the_printed_commands_run_the_picked_row(
         timeout=60,
     )
     assert ran.returncode == 0, ran.stderr
-    worlds = [shlex.split(line) for line in ran.stdout.splitlines()]
-    assert len(worlds) == experts
+    lines = [shlex.split(line) for line in ran.stdout.splitlines()]
+    worlds = [words for words in lines if any(word.endswith("megawan/train.py") for word in words)]
+    looks = [words for words in lines if any(word.endswith("tools/preflight.py") for word in words)]
+    assert len(worlds) == len(looks) == experts and len(lines) == 2 * experts
     for words, expert in zip(worlds, names, strict=True):
         place = next(index for index, word in enumerate(words) if word.endswith("megawan/train.py"))
         plan = planned([word for word in words[place + 1 :] if word != "--health_check"], question.world_size)
