@@ -87,6 +87,13 @@ def open_conditions(
         return None
     if not variant.config.has_clip:
         return ImageConditions(codec, variant.task == "flf2v")
+    images = open_clip(variant, image_encoder, device)
+    both = variant.config.clip_tokens == 2 * CLIP_TOKENS
+    return ImageConditions(codec, variant.task == "flf2v", images, both)
+
+
+def open_clip(variant: Variant, image_encoder: str | None, device: torch.device | str) -> ImageEncoder:
+    """Return the CLIP tower that a variant reads. Raises ValueError when none is given, or another's."""
     if image_encoder is None:
         raise ValueError(
             f"{variant.name} reads CLIP features: give --image_encoder"
@@ -100,5 +107,4 @@ def open_conditions(
             f"{image_encoder} gives {images.tokens} rows of {images.dim}, Wan reads {CLIP_TOKENS} of"
             f" {CLIP_DIM}: it is another CLIP"
         )
-    both = variant.config.clip_tokens == 2 * CLIP_TOKENS
-    return ImageConditions(codec, variant.task == "flf2v", images, both)
+    return images

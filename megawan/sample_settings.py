@@ -10,12 +10,21 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-from megawan.conditions import open_conditions
+from megawan.conditions import open_clip, open_conditions
 from megawan.data.batch import pad_text
 from megawan.data.encoding import to_pixels
 from megawan.data.video import read_clip
 from megawan.encoders.codec import VideoCodec
+from megawan.encoders.image import ImageEncoder
 from megawan.encoders.text import TextEncoder
+from megawan.flow.conditioning import (
+    control_condition,
+    image_clip,
+    image_condition,
+    vace_context,
+    vace_mask,
+    vace_split,
+)
 from megawan.models.layouts import TensorSource, open_experts
 from megawan.models.variants import VARIANTS, Variant, WanConfig, get_variant
 from megawan.models.wan import WanModel
@@ -144,11 +153,6 @@ def resolve(
     """
     sources, names = _open(weights, low_weights, ema)
     chosen = _variant(names[0], variant, pair=len(sources) == 2)
-    if chosen.task in CONTROLLED:
-        raise ValueError(
-            f"{chosen.name} is led by a control video, which cannot be given here; legal:"
-            f" {', '.join(name for name, other in VARIANTS.items() if other.task not in CONTROLLED)}"
-        )
     preset, pair = chosen.sampling, len(sources) == 2
     if options.low_guidance is not None and not pair:
         raise ValueError("--low_guidance is the low-noise expert's; give its --low_weights")
@@ -235,10 +239,10 @@ def _variant(found: str, asked: str | None, pair: bool) -> Variant:
     return variant
 
 
-def check_encoders(options: EncoderOptions, variant: Variant) -> None:
+def check_encoders(options: EncoderOptions, variant: Variant, with_image: bool = True) -> None:
     """Raise ValueError or FileNotFoundError naming the flag of an encoder that is missing, needless or not
     there; nothing is opened, so that every rank can ask before the first of them loads."""
-    codec, clip = codec_name(options, variant), variant.config.has_clip
+    codec, clip = codec_name(options, variant), variant.config.has_clip and with_image
     if options.text_encoder is None and variant.repository:
         raise ValueError(_text_encoder_needed(variant))
     if codec != "dct" and options.vae is None:
@@ -246,7 +250,7 @@ def check_encoders(options: EncoderOptions, variant: Variant) -> None:
     if codec == "dct" and options.vae is not None:
         raise ValueError("--vae: the codec dct has no weights; leave it out")
     if clip != (options.image_encoder is not None):
-        said = "reads CLIP features: give" if clip else "has no CLIP branch: leave out"
+        said = "reads CLIP features: give" if clip else "reads no CLIP features here: leave out"
         raise ValueError(f"{variant.name} {said} --image_encoder")
     for name in ("vae", "text_encoder", "tokenizer", "image_encoder"):
         path = getattr(options, name)
@@ -287,27 +291,31 @@ def codec_name(options: EncoderOptions, variant: Variant) -> str:
 
 @dataclass(frozen=True)
 class Images:
-    """The images of the samples: one path a sample, or none."""
+    """The images and videos that the samples are told: one path a sample, or none."""
 
     first: Sequence[Path] = ()
     last: Sequence[Path] = ()
+    control: Sequence[Path] = ()
+    """Videos that lead Fun-Control and VACE."""
 
 
 def check_images(images: Images, variant: Variant, samples: int) -> Images:
     """Return the images, a lone one repeated for all samples. Raises ValueError naming the flag for too many,
     too few, needless and missing ones."""
-    needs_first, takes_first = variant.task in ("i2v", "flf2v"), variant.task in ("i2v", "flf2v", "ti2v")
+    needs_first, takes_first = variant.task in ("i2v", "flf2v"), variant.task not in ("t2v", "vace")
+    led = variant.task in CONTROLLED
     spread = []
     for flag, paths, needed, takes in (
         ("--image", images.first, needs_first, takes_first),
         ("--end_image", images.last, variant.task == "flf2v", variant.task == "flf2v"),
+        ("--control_video", images.control, led, led),
     ):
         if paths and not takes:
             raise ValueError(f"{flag}: {variant.name} is {variant.task} and takes none")
         if needed and not paths:
             raise ValueError(f"{variant.name} needs {flag}, one for all captions or one for each")
         if len(paths) not in (0, 1, samples):
-            raise ValueError(f"{flag}: {len(paths)} images for {samples} captions; give one, or one for each")
+            raise ValueError(f"{flag}: {len(paths)} files for {samples} captions; give one, or one for each")
         for path in paths:
             if not path.is_file():
                 raise ValueError(f"{flag} {path}: no such file")
@@ -322,21 +330,27 @@ def encode_images(
 
     Raises BadClip for an image that cannot be read, ValueError for an encoder that is missing or another's.
     """
-    variant = settings.variant
-    conditions = open_conditions(variant, codec, options.image_encoder, device)
-    if not images.first:
-        return Given()
-    parts = []
-    for place, first in enumerate(images.first):
-        pixels = torch.zeros(1, 3, settings.num_frames, settings.height, settings.width, device=device)
-        pixels[:, :, 0] = _picture(first, settings).to(device)
-        if images.last:
-            pixels[:, :, -1] = _picture(images.last[place], settings).to(device)
-        if conditions is None:
-            parts.append(Given(clean=codec.encode(pixels[:, :, :1])))
-        else:
-            told = conditions.encode(pixels)
-            parts.append(Given(clip=told.get("clip"), condition=told["condition"]))
+    variant, parts = settings.variant, []
+    if variant.task in CONTROLLED:
+        eyes = open_clip(variant, options.image_encoder, device) if images.first else None
+        for place, led_by in enumerate(images.control):
+            frames = read_clip(
+                led_by, settings.num_frames, settings.height, settings.width, float(settings.fps)
+            )
+            first = _picture(images.first[place], settings).to(device)[None] if images.first else None
+            parts.append(_controlled(to_pixels(frames).to(device), first, settings, codec, eyes))
+    else:
+        conditions = open_conditions(variant, codec, options.image_encoder, device)
+        for place, path in enumerate(images.first):
+            pixels = torch.zeros(1, 3, settings.num_frames, settings.height, settings.width, device=device)
+            pixels[:, :, 0] = _picture(path, settings).to(device)
+            if images.last:
+                pixels[:, :, -1] = _picture(images.last[place], settings).to(device)
+            if conditions is None:
+                parts.append(Given(clean=codec.encode(pixels[:, :, :1])))
+            else:
+                told = conditions.encode(pixels)
+                parts.append(Given(clip=told.get("clip"), condition=told["condition"]))
 
     def together(each: Sequence[Tensor | None]) -> Tensor | None:
         held = [one.float() for one in each if one is not None]
@@ -346,7 +360,30 @@ def encode_images(
         together([part.clean for part in parts]),
         together([part.clip for part in parts]),
         together([part.condition for part in parts]),
+        together([part.vace for part in parts]),
     )
+
+
+def _controlled(
+    video: Tensor, first: Tensor | None, settings: Settings, codec: VideoCodec, eyes: ImageEncoder | None
+) -> Given:
+    """Return what Fun-Control or VACE is told of a control video [1, 3, T, H, W] and maybe a first frame.
+
+    Without one, Fun-Control's image latent and CLIP rows are zeros. VACE makes every pixel of the video.
+    """
+    variant = settings.variant
+    if variant.task == "vace":
+        mask = torch.ones_like(video[:, :1])
+        inactive, reactive = (codec.encode(part) for part in vace_split(video, mask))
+        return Given(vace=vace_context(inactive, reactive, vace_mask(mask)))
+    image, channels = None, variant.condition_channels - variant.latent_channels
+    rows = torch.zeros(1, variant.config.clip_tokens or 0, variant.config.image_dim or 0, device=video.device)
+    if first is not None:
+        image = image_condition(codec.encode(image_clip(first, settings.num_frames)))
+        if eyes is not None:
+            rows = eyes.encode(first)
+    condition = control_condition(codec.encode(video), image, image_channels=channels)
+    return Given(clip=rows if variant.config.has_clip else None, condition=condition)
 
 
 def given_shapes(settings: Settings, samples: int, with_images: bool) -> dict[str, tuple[int, ...]]:
@@ -354,6 +391,8 @@ def given_shapes(settings: Settings, samples: int, with_images: bool) -> dict[st
     variant, (channels, frames, height, width) = settings.variant, settings.latent_shape
     if not with_images:
         return {}
+    if variant.task == "vace":
+        return {"vace": (samples, variant.config.vace_in_dim, frames, height, width)}
     if variant.task == "ti2v":
         return {"clean": (samples, channels, 1, height, width)}
     shapes: dict[str, tuple[int, ...]] = {

@@ -75,13 +75,14 @@ class Given:
     """CLIP rows, [B, 257 or 514, 1280]."""
     condition: Tensor | None = None
     """Channels after the noisy ones, [B, channels, T, H, W]."""
+    vace: Tensor | None = None
+    """VACE's context, [B, 96, T, H, W]."""
 
     def only(self, indices: Sequence[int]) -> "Given":
         """Return what these samples alone are told."""
         rows = list(indices)
-        return Given(
-            *(None if each is None else each[rows] for each in (self.clean, self.clip, self.condition))
-        )
+        held = (self.clean, self.clip, self.condition, self.vace)
+        return Given(*(None if each is None else each[rows] for each in held))
 
 
 class Experts:
@@ -145,7 +146,9 @@ def sample_latents(
         def asked(x_t: Tensor, timestep: Tensor, one: int, rows: Tensor) -> Tensor:
             told = given.only([one])
             extras = {
-                name: value for name in ("clip", "condition") if (value := getattr(told, name)) is not None
+                name: value
+                for name in ("clip", "condition", "vace")
+                if (value := getattr(told, name)) is not None
             }
             if told.clean is not None:
                 extras["clean_frames"] = told.clean.shape[2]

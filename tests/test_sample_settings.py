@@ -5,14 +5,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from megawan.data.video import write_mp4
 from megawan.encoders.opening import open_codec
 from megawan.models.initial import InitialWeights
 from megawan.models.variants import VARIANTS, get_variant
+from megawan.rng import generator_at
 from megawan.sample_settings import (
     EncoderOptions,
     Images,
@@ -25,7 +28,9 @@ from megawan.sample_settings import (
     open_text,
     resolve,
 )
+from megawan.sampling import Given, build, sample_latents
 from tests.commands import ROOT, command
+from tests.training import LivelyWeights
 
 CPU = torch.device("cpu")
 
@@ -34,7 +39,15 @@ CPU = torch.device("cpu")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Return a file of random weights for each of some debug variants."""
     folder, files = tmp_path_factory.mktemp("weights"), {}
-    for name in ("debug", "debug-i2v", "debug-flf2v", "debug-control", "debug-A14B-high", "debug-A14B-low"):
+    for name in (
+        "debug",
+        "debug-i2v",
+        "debug-flf2v",
+        "debug-control",
+        "debug-vace",
+        "debug-A14B-high",
+        "debug-A14B-low",
+    ):
         source = InitialWeights(get_variant(name).config, 0)
         files[name] = folder / f"{name}.safetensors"
         save_file(
@@ -87,7 +100,6 @@ def test_two_experts(weights: dict[str, Path]) -> None:
         (("debug-A14B-low", "debug-A14B-high"), {}, "is the low-noise expert; the high-noise one belongs"),
         (("debug-A14B-high", "debug"), {}, "another architecture than that of --weights"),
         (("debug", "debug"), {}, "is one model, not two experts"),
-        (("debug-control",), {}, "led by a control video.*legal: t2v-1.3B"),
         (("debug",), {"low_guidance": 1.0}, "--low_guidance is the low-noise expert's"),
         (("debug",), {"boundary": 0.5}, "--boundary is where two experts change over"),
         (("debug-A14B-high", "debug-A14B-low"), {"boundary": 1.5}, "--boundary 1.5 must lie between"),
@@ -128,14 +140,17 @@ def test_images_are_needed_taken_and_spread(tmp_path: Path) -> None:
     red, blue = picture(tmp_path, "red.png", (255, 0, 0)), picture(tmp_path, "blue.png", (0, 0, 255))
     i2v, flf2v = get_variant("debug-i2v"), get_variant("debug-flf2v")
     assert check_images(Images([red]), i2v, 3).first == [red] * 3
-    assert check_images(Images([red, blue], [blue]), flf2v, 2) == Images([red, blue], [blue, blue])
-    assert check_images(Images(), get_variant("debug-ti2v"), 2) == Images([], [])
+    assert check_images(Images([red, blue], [blue]), flf2v, 2) == Images([red, blue], [blue, blue], [])
+    assert check_images(Images(), get_variant("debug-ti2v"), 2) == Images([], [], [])
     for images, variant, problem in (
         (Images([red]), "debug", "--image: debug is t2v and takes none"),
         (Images(), "debug-i2v", "debug-i2v needs --image"),
         (Images([red]), "debug-flf2v", "debug-flf2v needs --end_image"),
         (Images([red], [blue]), "debug-i2v", "--end_image: debug-i2v is i2v and takes none"),
-        (Images([red, blue]), "debug-i2v", "--image: 2 images for 3 captions"),
+        (Images([red, blue]), "debug-i2v", "--image: 2 files for 3 captions"),
+        (Images(control=[red]), "debug", "--control_video: debug is t2v and takes none"),
+        (Images(), "debug-vace", "debug-vace needs --control_video"),
+        (Images([red], control=[red]), "debug-vace", "--image: debug-vace is vace and takes none"),
         (Images([tmp_path / "no.png"]), "debug-i2v", "no.png: no such file"),
     ):
         with pytest.raises(ValueError, match=problem):
@@ -204,7 +219,7 @@ def test_the_tool_samples_two_experts_on_two_ranks_from_images(tmp_path: Path) -
         ("t2v-14B", {"text_encoder": "debug"}, "--vae is needed, the weights of the codec wan2.1"),
         ("debug", {"codec": "dct", "vae": Path("/")}, "the codec dct has no weights"),
         ("debug-i2v", {}, "debug-i2v reads CLIP features: give --image_encoder"),
-        ("debug", {"image_encoder": "debug"}, "debug has no CLIP branch: leave out --image_encoder"),
+        ("debug", {"image_encoder": "debug"}, "debug reads no CLIP features here: leave out --image_encoder"),
         ("debug", {"text_encoder": "/no/such"}, "--text_encoder /no/such: no such file"),
     ],
 )
@@ -214,3 +229,59 @@ def test_encoders_that_do_not_fit_are_named_before_any_is_opened(
     check_encoders(EncoderOptions(), get_variant("debug"))
     with pytest.raises((ValueError, FileNotFoundError), match=problem):
         check_encoders(EncoderOptions(**given), get_variant(variant))
+
+
+@pytest.mark.parametrize("name", ["debug-control", "debug-vace"])
+def test_a_control_video_leads(name: str, weights: dict[str, Path], tmp_path: Path) -> None:
+    shades = np.arange(9, dtype=np.uint8)[:, None, None, None] * 25
+    frames = np.ascontiguousarray(np.broadcast_to(shades, (9, 64, 64, 3)))
+    write_mp4(tmp_path / "led.mp4", frames, 16)
+    settings, codec = resolve(SampleOptions(), weights[name]), open_codec("dct", None, CPU)
+    images = Images(control=[tmp_path / "led.mp4"])
+    told = encode_images(images, settings, codec, EncoderOptions(), CPU)
+    shapes = given_shapes(settings, 1, True)
+    assert {key: getattr(told, key).shape for key in shapes} == shapes
+    led = told.vace[:, 16:32] if told.vace is not None else told.condition
+    assert led is not None
+    seen = (codec.decode(led[:, :16])[0].mean((0, 2, 3)) + 1) * 127.5
+    assert (seen - torch.arange(9) * 25).abs().max() < 12  # the codec and H.264 lose a little
+    if name == "debug-vace":
+        assert told.vace is not None and told.vace[:, 32:].eq(1).all()
+        return
+    # A first frame goes where zeros stood, and CLIP sees it.
+    red = picture(tmp_path, "red.png", (255, 0, 0))
+    both = Images([red], control=[tmp_path / "led.mp4"])
+    seen_too = encode_images(both, settings, codec, EncoderOptions(image_encoder="debug"), CPU)
+    assert told.condition is not None and seen_too.condition is not None
+    assert torch.equal(seen_too.condition[:, :16], told.condition[:, :16])
+    assert told.condition[:, 16:].eq(0).all() and told.clip is not None and told.clip.eq(0).all()
+    assert codec.decode(seen_too.condition[:, 16:])[0, :, 0].mean((1, 2)).argmax() == 0
+    assert seen_too.clip is not None and seen_too.clip.abs().max() > 0
+
+
+@pytest.mark.parametrize("name", ["debug-control", "debug-vace"])
+def test_what_leads_changes_the_video(name: str, weights: dict[str, Path]) -> None:
+    settings = resolve(SampleOptions(steps=2, guidance=1.0), weights[name])
+    wan, found = settings.config, []
+    source = LivelyWeights(wan, 0)
+    model = build(source, wan, CPU, torch.float32)
+    for seed in (0, 0, 1):
+        given = {
+            key: torch.randn(shape, generator=generator_at(seed, key))
+            for key, shape in given_shapes(settings, 1, True).items()
+        }
+        text = torch.zeros(1, wan.text_len, wan.text_dim)
+        found.append(
+            sample_latents(
+                model,
+                text,
+                text[0],
+                settings.latent_shape,
+                steps=2,
+                shift=5,
+                guidance=1,
+                seed=0,
+                given=Given(**given),
+            )  # fmt: skip
+        )
+    assert torch.equal(found[0], found[1]) and (found[0] - found[2]).abs().max() > 1e-3

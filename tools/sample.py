@@ -76,6 +76,8 @@ class Options:
     """First frame, for i2v, flf2v and ti2v: one for all captions, or one for each."""
     end_image: tuple[Path, ...] = ()
     """Last frame, for flf2v: one for all captions, or one for each."""
+    control_video: tuple[Path, ...] = ()
+    """Video that leads Fun-Control and VACE (poses, depth ...): one for all captions, or one for each."""
     dataset: Path | None = None
     """Videos with captions (metadata.csv ...): its captions are sampled, from its frames where the variant
     takes images, and each real clip is shown beside."""
@@ -113,7 +115,7 @@ def main(argv: Sequence[str]) -> None:
             raise ValueError("--untrained compares one model; two experts have none")
         prompts, clips = chosen_captions(options)
         images = check_images(chosen_images(options, settings, clips), settings.variant, len(prompts))
-        check_encoders(options.encoders, settings.variant)
+        check_encoders(options.encoders, settings.variant, bool(images.first))
         if place.world_size > 1:
             dist.initialize(place, device, options.dist_timeout)
         try:
@@ -143,7 +145,7 @@ def sample(
     text = torch.zeros(len(captions), wan.text_len, wan.text_dim)
     given: dict[str, Tensor] = {
         name: torch.zeros(shape)
-        for name, shape in given_shapes(settings, len(prompts), bool(images.first)).items()
+        for name, shape in given_shapes(settings, len(prompts), bool(images.first or images.control)).items()
     }
     codec, problem = None, ""
     if dist.is_main():
@@ -233,8 +235,8 @@ def chosen_images(options: Options, settings: Settings, clips: list[Path | None]
     """Return the images given, or a dataset's clips, whose first frame is theirs."""
     held = [clip for clip in clips if clip is not None]
     if options.image or not held or settings.variant.task not in ("i2v", "ti2v"):
-        return Images(options.image, options.end_image)
-    return Images(held, options.end_image)
+        return Images(options.image, options.end_image, options.control_video)
+    return Images(held, options.end_image, options.control_video)
 
 
 def write(
