@@ -235,14 +235,37 @@ def _variant(found: str, asked: str | None, pair: bool) -> Variant:
     return variant
 
 
+def check_encoders(options: EncoderOptions, variant: Variant) -> None:
+    """Raise ValueError or FileNotFoundError naming the flag of an encoder that is missing, needless or not
+    there; nothing is opened, so that every rank can ask before the first of them loads."""
+    codec, clip = codec_name(options, variant), variant.config.has_clip
+    if options.text_encoder is None and variant.repository:
+        raise ValueError(_text_encoder_needed(variant))
+    if codec != "dct" and options.vae is None:
+        raise ValueError(f"--vae is needed, the weights of the codec {codec}")
+    if codec == "dct" and options.vae is not None:
+        raise ValueError("--vae: the codec dct has no weights; leave it out")
+    if clip != (options.image_encoder is not None):
+        said = "reads CLIP features: give" if clip else "has no CLIP branch: leave out"
+        raise ValueError(f"{variant.name} {said} --image_encoder")
+    for name in ("vae", "text_encoder", "tokenizer", "image_encoder"):
+        path = getattr(options, name)
+        if path not in (None, DEBUG) and not Path(path).exists():
+            raise FileNotFoundError(f"--{name} {path}: no such file or folder")
+
+
+def _text_encoder_needed(variant: Variant) -> str:
+    return (
+        f"--text_encoder is needed: {variant.name} reads UMT5-XXL (models_t5_umt5-xxl-enc-bf16.pth, or a"
+        " text_encoder folder)"
+    )
+
+
 def open_text(options: EncoderOptions, variant: Variant) -> TextEncoder:
     """Return the text encoder. Raises ValueError where none is given for weights that are not debug's."""
     name = options.text_encoder or (None if variant.repository else DEBUG)
     if name is None:
-        raise ValueError(
-            f"--text_encoder is needed: {variant.name} reads UMT5-XXL"
-            " (models_t5_umt5-xxl-enc-bf16.pth, or a text_encoder folder)"
-        )
+        raise ValueError(_text_encoder_needed(variant))
     if name == DEBUG:
         return TextEncoder.debug(dim=variant.config.text_dim)
     return TextEncoder.open(Path(name), options.tokenizer)

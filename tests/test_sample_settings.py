@@ -3,6 +3,7 @@ fit."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from megawan.sample_settings import (
     EncoderOptions,
     Images,
     SampleOptions,
+    check_encoders,
     check_images,
     codec_name,
     encode_images,
@@ -193,3 +195,22 @@ def test_the_tool_samples_two_experts_on_two_ranks_from_images(tmp_path: Path) -
         "Traceback (most recent call last)"
         not in again.err.partition("ChildFailedError")[0].partition("torch/")[0]
     )
+
+
+@pytest.mark.parametrize(
+    ("variant", "given", "problem"),
+    [
+        ("t2v-14B", {}, "--text_encoder is needed"),
+        ("t2v-14B", {"text_encoder": "debug"}, "--vae is needed, the weights of the codec wan2.1"),
+        ("debug", {"codec": "dct", "vae": Path("/")}, "the codec dct has no weights"),
+        ("debug-i2v", {}, "debug-i2v reads CLIP features: give --image_encoder"),
+        ("debug", {"image_encoder": "debug"}, "debug has no CLIP branch: leave out --image_encoder"),
+        ("debug", {"text_encoder": "/no/such"}, "--text_encoder /no/such: no such file"),
+    ],
+)
+def test_encoders_that_do_not_fit_are_named_before_any_is_opened(
+    variant: str, given: dict[str, Any], problem: str
+) -> None:
+    check_encoders(EncoderOptions(), get_variant("debug"))
+    with pytest.raises((ValueError, FileNotFoundError), match=problem):
+        check_encoders(EncoderOptions(**given), get_variant(variant))

@@ -10,6 +10,7 @@ Steps, shift, guidance and size are the authors' settings for the variant unless
 """
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -38,6 +39,7 @@ from megawan.sample_settings import (
     Images,
     SampleOptions,
     Settings,
+    check_encoders,
     check_images,
     codec_name,
     encode_images,
@@ -69,7 +71,7 @@ class Options:
     prompts: tuple[str, ...] = ()
     """Captions to sample."""
     negative_prompt: str = ""
-    """What guidance pushes away from."""
+    """What guidance pushes away from; the authors of Wan give theirs in their own configuration."""
     image: tuple[Path, ...] = ()
     """First frame, for i2v, flf2v and ti2v: one for all captions, or one for each."""
     end_image: tuple[Path, ...] = ()
@@ -111,6 +113,7 @@ def main(argv: Sequence[str]) -> None:
             raise ValueError("--untrained compares one model; two experts have none")
         prompts, clips = chosen_captions(options)
         images = check_images(chosen_images(options, settings, clips), settings.variant, len(prompts))
+        check_encoders(options.encoders, settings.variant)
         if place.world_size > 1:
             dist.initialize(place, device, options.dist_timeout)
         try:
@@ -135,13 +138,6 @@ def sample(
         dist.say(line)
     topology = Topology(world_size(), options.ulysses_degree, options.ring_degree)
     context = ContextParallel.create(topology, rank(), options.dist_timeout)
-    codec_is = codec_name(options.encoders, settings.variant)
-    codec = open_codec(codec_is, options.encoders.vae, device) if dist.is_main() else None
-    if codec is not None and codec.latent_channels != settings.variant.latent_channels:
-        raise ValueError(
-            f"--codec {codec_is} has {codec.latent_channels} channels, {settings.variant.name}"
-            f" {settings.variant.latent_channels}"
-        )
     captions = [*prompts, options.negative_prompt]
     wan = settings.config
     text = torch.zeros(len(captions), wan.text_len, wan.text_dim)
@@ -149,10 +145,19 @@ def sample(
         name: torch.zeros(shape)
         for name, shape in given_shapes(settings, len(prompts), bool(images.first)).items()
     }
-    if codec is not None:
-        text = text_features(open_text(options.encoders, settings.variant), captions, settings.variant)
-        told = encode_images(images, settings, codec, options.encoders, device)
-        given = {name: getattr(told, name).cpu() for name in given}
+    codec, problem = None, ""
+    if dist.is_main():
+        try:
+            codec = open_codec(codec_name(options.encoders, settings.variant), options.encoders.vae, device)
+            told = encode_images(images, settings, codec, options.encoders, device)
+            given = {name: getattr(told, name).cpu() for name in given}
+            text = text_features(open_text(options.encoders, settings.variant), captions, settings.variant)
+        except (ValueError, OSError, BadClip) as error:
+            problem = " ".join(str(error).split())
+    if world_size() > 1:
+        problem = dist.share_text(problem)  # or the others would wait for what rank 0 cannot send
+    if problem:
+        raise ValueError(problem)
     text = shared(text).to(device)
     told = Given(**{name: shared(value).to(device) for name, value in given.items()})
     models = {"trained": settings.experts(device)}
@@ -185,8 +190,8 @@ def sample(
                     places=mine,
                     tick=bar.update,
                 ).cpu()
-        # The ranks of a context-parallel group hold the same videos, the others none of them.
-        latents = shared(latents) / topology.cp_size
+        # The ranks of a context-parallel group hold the same videos; one of them gives them.
+        latents = shared(latents if context.rank == 0 else torch.zeros_like(latents))
         if codec is not None:
             sampled[name] = [to_frames(codec.decode(one[None].to(device)))[0] for one in latents]
     if codec is not None:
@@ -240,13 +245,33 @@ def write(
     sampled: dict[str, list[Tensor]],
 ) -> None:
     """Write an mp4 a sample, the contact sheet and samples.json; the folder appears whole or not at all."""
-    aside = options.output.with_name(f"{options.output.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
+    aside = options.output.with_name(f".{options.output.name}.{os.getpid()}")
     aside.mkdir(parents=True)
+    try:
+        write_into(aside, settings, prompts, clips, sampled)
+        if options.output.exists():
+            options.output.rmdir()  # it is empty
+        aside.rename(options.output)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    print(
+        f"sampled {len(prompts) * len(sampled)} videos into {options.output};"
+        f" look at {options.output / 'contact_sheet.png'}"
+    )
+
+
+def write_into(
+    folder: Path,
+    settings: Settings,
+    prompts: list[str],
+    clips: list[Path | None],
+    sampled: dict[str, list[Tensor]],
+) -> None:
+    """Write the files of all samples into a folder."""
     entries = []
     for name, videos in sampled.items():
         for index, (prompt, frames) in enumerate(zip(prompts, videos, strict=True)):
-            file = aside / f"{name}_{index:02d}.mp4"
+            file = folder / f"{name}_{index:02d}.mp4"
             write_mp4(file, frames.numpy(), settings.fps)
             entries.append({"weights": name, "prompt": prompt, "file": file.name})
     columns = [*(["real"] if any(clips) else []), *sampled]
@@ -256,14 +281,8 @@ def write(
         if any(clips):
             shown.insert(0, real_clip(clips[index], settings))
         rows.append(Row(prompt, shown))
-    contact_sheet(columns, rows).save(aside / "contact_sheet.png")
-    (aside / "samples.json").write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
-    if options.output.exists():
-        options.output.rmdir()  # it is empty
-    aside.rename(options.output)
-    print(
-        f"sampled {len(entries)} videos into {options.output}; look at {options.output / 'contact_sheet.png'}"
-    )
+    contact_sheet(columns, rows).save(folder / "contact_sheet.png")
+    (folder / "samples.json").write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
 
 
 def real_clip(path: Path | None, settings: Settings) -> Frames | None:

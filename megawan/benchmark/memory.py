@@ -14,8 +14,11 @@ from megawan.models.recompute import Slot
 def saved_bytes(model: nn.Module, loss: Callable[[], Tensor]) -> int:
     """Return the bytes of the unique storages that are kept between the forward and the backward pass of
     `loss`: autograd's saved tensors and our policies' slots. Parameters are not counted."""
-    gc.collect()  # what an earlier graph kept would be counted too
+    gc.collect()
+    # Neither what an earlier graph still keeps.
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    earlier = _in_slots()
+    elsewhere = {x.untyped_storage().data_ptr() for x in earlier}
     alive: list[Tensor] = []  # a freed storage's address would be counted once for two
 
     def note(tensor: Tensor) -> Tensor:
@@ -24,12 +27,16 @@ def saved_bytes(model: nn.Module, loss: Callable[[], Tensor]) -> int:
 
     with saved_tensors_hooks(note, lambda tensor: tensor):
         result = loss()
-    for held in gc.get_objects():
-        if type(held) is Slot and held.held is not None:  # isinstance asks dead proxies
-            alive += [x if isinstance(x, Tensor) else x[0] for x in held.held]
+    alive += _in_slots()
     sizes = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in alive}
     del result
-    return sum(size for place, size in sizes.items() if place not in parameters)
+    return sum(size for place, size in sizes.items() if place not in parameters | elsewhere)
+
+
+def _in_slots() -> list[Tensor]:
+    """Return the tensors that slots of our recompute policies hold now."""
+    slots = [each for each in gc.get_objects() if type(each) is Slot]  # isinstance asks dead proxies
+    return [x if isinstance(x, Tensor) else x[0] for slot in slots for x in slot.held or ()]
 
 
 def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
