@@ -76,7 +76,10 @@ def _scaled_and_turned(y: Tensor, r: Tensor, cos: Tensor | None, sin: Tensor | N
     sin = sin * way
     if torch.compiler.is_compiling():  # it makes no code for complex numbers
         return rotate(y, cos * r, sin * r).contiguous()
+    # A gradient comes from attention with its axes in any order; a complex view needs pairs side by side.
+    if y.stride(-1) != 1 or y.storage_offset() % 2 or any(step % 2 for step in y.stride()[:-1]):
+        y = y.clone(memory_format=torch.contiguous_format)
     pairs = torch.view_as_complex(_split(y, y.shape[-1] // 2))
-    turned = pairs.new_empty(pairs.shape)  # a gradient comes from attention with its axes exchanged
+    turned = pairs.new_empty(pairs.shape)
     torch.mul(pairs, torch.complex(cos * r, sin * r), out=turned)
     return torch.view_as_real(turned).flatten(-2)

@@ -46,9 +46,12 @@ def test_norm_and_rotation_are_the_formula(rotated: bool, compiled: bool) -> Non
     if compiled:  # takes other formulas; aot_eager runs them as they are
         ours = torch.compile(ours, backend="aot_eager", dynamic=False)
     grad = grad.transpose(1, 2)  # as attention gives it, heads outside
-    found = gradients(ours, [x, weight], grad)
     wanted = gradients(lambda x, weight: formula(x, weight, rope), [x, weight], grad)
-    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    strided = grad.movedim(-1, 0).contiguous().movedim(0, -1)
+    odd = torch.cat((grad, grad[..., :1]), dim=-1)[..., :-1]
+    for layout in (grad, strided, odd):
+        found = gradients(ours, [x, weight], layout)
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -231,7 +231,7 @@ class OneOfMany:
     """A rank of a context-parallel group, whose peers' keys and values come from a recorded whole run."""
 
     def __init__(self, rank: int, size: int, recorded: list[tuple[Tensor, Tensor]]) -> None:
-        self.rank, self.size, self.ulysses_size = rank, size, size
+        self.rank, self.size, self.ulysses_size, self.ring_size = rank, size, size, 1
         self.recorded = iter(recorded)
 
     def local_length(self, length: int) -> int:
