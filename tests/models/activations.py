@@ -23,8 +23,8 @@ def kept_bytes(model: nn.Module, call: Callable[[], object]) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
             sizes[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)
-        return tensor
+            alive.append(tensor.detach())
+        return tensor.detach()  # with its history it would keep the graph that keeps it
 
     with noted_slots(note), saved_tensors_hooks(note, lambda tensor: tensor):
         result = call()

@@ -191,7 +191,7 @@ def test_a_finished_block_leaves_nothing_behind(policy: str) -> None:
             parameter.grad = torch.zeros_like(parameter)
         for height in (32, 64):
             inputs = random_inputs(config, batch=1, latent=(4, height, 32), seed=1)
-            gc.collect()  # what others left would be freed in between, and lower one of the peaks
+            gc.collect()  # of what others left, nothing is to be freed in between
             with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as allocations:
                 model(inputs.latents, inputs.timestep, inputs.text).sum().backward()
             peaks.append(max(itertools.accumulate(allocated(allocations))))
