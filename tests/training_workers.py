@@ -39,9 +39,8 @@ def train_cases(cases: dict[str, dict[str, Any]], output: str) -> dict[str, Any]
         meter = LossMeter(device)
         losses, norms = [], []
         validation = hold_out(trainer)
-        assert validation is not None
         for _ in range(start, case.get("stop", plan.steps)):
-            if case.get("look"):
+            if validation is not None and case.get("look"):
                 validation.run(trainer.measure, device)
             trainer.step(next(batches), meter)
             losses.append(meter.read()[0])
@@ -58,7 +57,7 @@ def train_cases(cases: dict[str, dict[str, Any]], output: str) -> dict[str, Any]
             "grad_norms": norms,
             "folder": str(folder),
             "start": start,
-            "held_out": validation.run(trainer.measure, device),
+            "held_out": None if validation is None else validation.run(trainer.measure, device),
         }
         trainer.engine.destroy()
     dist.shutdown()
