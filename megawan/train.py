@@ -7,7 +7,6 @@
 Reads top-down: parse, plan, join the group, take the run folder, build, fill, loop.
 """
 
-import math
 import os
 import shutil
 import sys
@@ -22,15 +21,13 @@ if sys.path and os.path.abspath(sys.path[0]) == os.path.dirname(os.path.abspath(
 import torch
 from tqdm import tqdm
 
-from megawan import checkpoint, cli, config, dist
+from megawan import checkpoint, cli, config, dist, looks
 from megawan.agreement import StepAgreement, describe_samples
 from megawan.changes import changes, flat, refused
-from megawan.data.batch import Batch, pad_text
 from megawan.data.mixture import Mixture
 from megawan.data.replacement import BadSamples
 from megawan.faults import broken
 from megawan.files import write_json
-from megawan.flow.loss import FlowSample
 from megawan.hardware import peak_flops
 from megawan.health import examine
 from megawan.metrics import (
@@ -45,12 +42,10 @@ from megawan.metrics import (
     speed,
 )
 from megawan.plan import Plan, make_plan, open_start, require_inputs, run_folder
-from megawan.previews import Previews, chosen_codec, png, prompted_previews, stored_previews
 from megawan.profiling import StepProfiler
 from megawan.run_folder import USED, RunFolder
 from megawan.saving import Saver
 from megawan.step_times import BESIDE, StepTimes
-from megawan.validation import Validation
 from megawan.watch import BUILD, Watch
 
 if TYPE_CHECKING:  # imports DeepSpeed, seconds that --help and --dry-run do not need
@@ -200,10 +195,10 @@ def loop(trainer: "Trainer", start: int, folder: Path, warning: dist.PreemptionW
     profiler = StepProfiler(options.profile, folder / "profile", device, times, start + 1)
     peak = gpu_peak(options.metrics.peak_tflops, device)
     watch.at(start, "validation")
-    validation = hold_out(trainer)
-    previews = choose_previews(trainer)
+    validation = looks.hold_out(trainer)
+    previews = looks.choose_previews(trainer)
     if validation is not None and start == 0:
-        log.scalars(0, validate(validation, trainer, watch, 0))
+        looks.validate(trainer, validation, log, watch, 0)
     batches, faults = trainer.batches(start), dist.faults()
     logged, failed_saves, looked = start, 0, False
     times.read()
@@ -256,18 +251,12 @@ def loop(trainer: "Trainer", start: int, folder: Path, warning: dist.PreemptionW
             logged = step
         if validation is not None and (last or step % options.validation.every == 0):
             with times.host("validation"):
-                log.scalars(step, validate(validation, trainer, watch, step))
-                if trainer.average is not None:
-                    with trainer.averaged():
-                        averaged = validate(validation, trainer, watch, step)
-                    log.scalars(
-                        step, {tag.replace("eval/", "eval_ema/", 1): each for tag, each in averaged.items()}
-                    )
+                looks.validate(trainer, validation, log, watch, step)
         looked = previews is not None and (last or step % options.sample.every == 0)
         if looked and previews is not None:
             watch.at(step, "samples")
             with times.host("samples"):
-                show(trainer, previews, log, step, folder)
+                looks.show(trainer, previews, log, step, folder)
         due = options.checkpoint.save_every and step % options.checkpoint.save_every == 0
         if last or due or request.reason:
             watch.at(step, "save", samples)
@@ -297,83 +286,6 @@ def loop(trainer: "Trainer", start: int, folder: Path, warning: dist.PreemptionW
         dist.say(f"finished {plan.steps} steps; curves: tensorboard --logdir {folder / 'tensorboard'}")
 
 
-def hold_out(trainer: "Trainer") -> Validation | None:
-    """Return what validates a run, None for none. Raises cli.UserError where its samples cannot be read."""
-    plan = trainer.plan
-    if plan.held_out is None:
-        return None
-    try:
-        validation = Validation(
-            plan.held_out,
-            plan.flow,
-            plan.config.validation,
-            plan.topology,
-            dp_rank=trainer.dp_rank,
-            micro_batch=plan.config.micro_batch,
-            clean_frames=plan.clean_frames,
-            text_len=plan.variant.config.text_len,
-        )
-    except ValueError as error:
-        raise cli.UserError(f"--validation.path: {error}") from None
-    dist.say(validation.describe())
-    return validation
-
-
-def choose_previews(trainer: "Trainer") -> Previews | None:
-    """Return the videos that a run samples on the way, None for none. Raises cli.UserError where a stored
-    sample cannot be read, cli.RunFailed where the text encoder cannot."""
-    plan, options = trainer.plan, trainer.plan.config.sample
-    if not options.every:
-        return None
-    wan, store = plan.variant.config, plan.held_out or plan.data
-    try:
-        if options.prompts:
-            longest = max(plan.data.shapes, key=math.prod)
-            starts, empty = prompted_previews(options, tuple(longest), wan.text_len, wan.text_dim)
-        else:
-            starts = stored_previews(store, options, wan.text_len)
-            empty = pad_text(store.empty_text, wan.text_len)
-    except ValueError as error:
-        raise cli.UserError(f"--sample.*: {error}") from None
-    except RuntimeError as error:
-        raise cli.RunFailed(str(error)) from None
-    dist.say(f"samples: {len(starts)} videos every {options.every} steps, the end included")
-    return Previews(
-        options,
-        starts,
-        empty,
-        shift=plan.config.flow.shift,
-        codec=chosen_codec(options, plan.codec),
-        clean_frames=plan.clean_frames,
-        dp_rank=trainer.dp_rank,
-        dp_size=plan.topology.dp_size,
-        cp_size=plan.topology.cp_size,
-    )
-
-
-def show(trainer: "Trainer", previews: Previews, log: RunLog, step: int, folder: Path) -> None:
-    """Sample the videos with the weights, and the moving average where there is one, and show them;
-    collective. What cannot be decoded or written is said, and the training goes on."""
-    latents = {"samples": previews.sample(trainer.velocity, trainer.device)}
-    if trainer.average is not None:
-        with trainer.averaged():
-            latents["samples_ema"] = previews.sample(trainer.velocity, trainer.device)
-    if not dist.is_main():
-        return
-    try:
-        stored = previews.stored()
-        columns = {} if stored is None else {"stored": previews.decode(stored, trainer.device)}
-        columns |= {title: previews.decode(some, trainer.device) for title, some in latents.items()}
-        sheet = previews.write(folder / "samples" / f"step_{step:07d}", columns)
-        log.picture(step, "samples/contact_sheet", png(sheet), sheet.height, sheet.width)
-        for title, videos in columns.items():
-            for number, frames in enumerate(videos):
-                height, width = frames.shape[1:3]
-                log.picture(step, f"{title}/{number:02d}", previews.animation(frames), height, width)
-    except (ValueError, OSError, RuntimeError) as error:  # of the last, one is a GPU without memory
-        dist.say(f"warning: no samples of step {step}: {str(error).partition(chr(10))[0]}")
-
-
 def dataset_names(plan: Plan) -> list[str]:
     """Return a short name of each dataset that is trained on."""
     return plan.data.names if isinstance(plan.data, Mixture) else [""]
@@ -395,17 +307,6 @@ def gpu_peak(given: float | None, device: torch.device) -> float | None:
     if given is not None:
         return given * 1e12
     return peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-
-
-def validate(validation: Validation, trainer: "Trainer", watch: Watch, step: int) -> dict[str, float]:
-    """Return the points of the eval curves; every answer is a sign of life, as all may outlast the
-    time-out."""
-
-    def measure(batch: Batch, sample: FlowSample) -> torch.Tensor:
-        watch.at(step, "validation")
-        return trainer.measure(batch, sample)
-
-    return validation.run(measure, trainer.device)
 
 
 def report_saves(saver: Saver, log: RunLog, step: int, failed: int) -> int:

@@ -14,7 +14,7 @@ from tests.training import lively, plan_of
 
 def cases(cases: dict[str, list[str]], output: str) -> dict[str, Any]:
     """Train each case twice for three steps, looking at weights and average after the second step or not."""
-    from megawan.train import choose_previews, hold_out
+    from megawan.looks import choose_previews, hold_out
     from megawan.trainer import Trainer
 
     place, device = dist.environment(), torch.device("cpu")

@@ -16,7 +16,7 @@ def train_cases(cases: dict[str, dict[str, Any]], output: str) -> dict[str, Any]
     """Train every case (name → flags) in this one group; return losses and gradient norms, and save its
     state."""
     from megawan import saving
-    from megawan.train import hold_out
+    from megawan.looks import hold_out
     from megawan.trainer import Trainer
 
     place = dist.environment()
