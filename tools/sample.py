@@ -103,6 +103,7 @@ def main(argv: Sequence[str]) -> None:
         device = dist.pick_device(place.local_rank)
         if options.output.exists() and any(options.output.iterdir()):
             raise ValueError(f"--output {options.output}: exists and is not empty; give a new folder")
+        prompts, clips = chosen_captions(options)
         settings = resolve(options.how, options.weights, options.low_weights, options.variant, options.ema)
         validate(
             place.world_size,
@@ -113,7 +114,6 @@ def main(argv: Sequence[str]) -> None:
         )
         if options.untrained is not None and len(settings.sources) == 2:
             raise ValueError("--untrained compares one model; two experts have none")
-        prompts, clips = chosen_captions(options)
         images = check_images(chosen_images(options, settings, clips), settings.variant, len(prompts))
         check_encoders(options.encoders, settings.variant, bool(images.first))
         if place.world_size > 1:
