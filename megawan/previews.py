@@ -21,7 +21,7 @@ from megawan.encoders.opening import open_codec
 from megawan.encoders.text import TextEncoder
 from megawan.flow.solver import euler_sample, guided
 from megawan.rng import generator_at
-from megawan.sampling import to_frames
+from megawan.sampling import start_noise, to_frames
 
 SHOWN_HEIGHT = 160
 """Pixels of a video in TensorBoard; the mp4 files have its own size."""
@@ -311,11 +311,6 @@ def prompted_previews(
         for number, prompt in enumerate(options.prompts)
     ]
     return previews, features[-1]
-
-
-def start_noise(seed: int, number: int, shape: tuple[int, ...]) -> Tensor:
-    """Return the noise that video `number` starts from, float32 [1, *shape]: that of tools/sample.py."""
-    return torch.randn((1, *shape), generator=generator_at(seed, "sample", number))
 
 
 def png(picture: Image.Image) -> bytes:

@@ -134,12 +134,8 @@ def sample_latents(
     experts = model if isinstance(model, Experts) else Experts([lambda: model], [guidance])
     if (len(experts) == 2) != (boundary is not None):
         raise ValueError("two experts and a boundary belong together: give both or neither")
-    noise = torch.stack(
-        [
-            torch.randn(tuple(latent_shape), generator=generator_at(seed, "sample", place))
-            for place in (range(len(text)) if places is None else places)
-        ]
-    ).to(text.device)
+    chosen = range(len(text)) if places is None else places
+    noise = torch.cat([start_noise(seed, place, latent_shape) for place in chosen]).to(text.device)
     negative = empty_text.unsqueeze(0)
 
     def velocity_of(expert: int) -> Velocity:
@@ -179,6 +175,11 @@ def sample_latents(
         boundary=boundary,
         progress=lambda done, total: tick(),
     )
+
+
+def start_noise(seed: int, place: int, shape: Sequence[int]) -> Tensor:
+    """Return the noise that sample `place` starts from, float32 [1, *shape], on the CPU."""
+    return torch.randn((1, *shape), generator=generator_at(seed, "sample", place))
 
 
 def to_frames(pixels: Tensor) -> Tensor:
