@@ -7,6 +7,8 @@ import torch
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard.summary import hparams
 
+from megawan import changes
+
 # TensorBoard's custom scalars: question -> chart -> kind and the tags (regular expressions) of its lines.
 LAYOUT: dict[str, dict[str, list[Any]]] = {
     "1. Is it learning?": {
@@ -72,15 +74,12 @@ RESULTS = ("train/loss", "eval/loss", "eval/normalized")
 """Curves beside which the page of hyper-parameters puts the settings."""
 
 
-def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, float | str]:
-    """Return nested settings by dotted name; what is neither number nor text as text."""
+def flat(settings: Mapping[str, Any]) -> dict[str, float | str]:
+    """Return settings by dotted name; what is neither number nor text as text."""
     found: dict[str, float | str] = {}
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            found.update(flat(value, f"{prefix}{name}."))
-        else:
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            found[prefix + name] = value if number else str(value)
+    for name, value in changes.flat(settings).items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        found[name] = value if number else str(value)
     return found
 
 

@@ -12,41 +12,24 @@ from torch import Tensor
 from megawan.benchmark.problem import cut
 from megawan.benchmark.report import Table
 from megawan.benchmark.timing import Spread, paired_ratio
-from megawan.models.keys import expected_shapes
+from megawan.models.initial import InitialWeights
 from megawan.models.layouts import open_weights, write_weights
 
 BLOCK = 2**24
 
 
-class MemoryWeights:
+class MemoryWeights(InitialWeights):
     """Weights in memory as the source of an export: one buffer cut into every tensor, so that reading costs
     nothing."""
 
     def __init__(self, layers: int) -> None:
-        self.config = cut("t2v-1.3B", layers)
-        self._shapes = expected_shapes(self.config)
+        super().__init__(cut("t2v-1.3B", layers), seed=0)
         self._buffer = torch.randn(max(torch.Size(shape).numel() for shape in self._shapes.values()))
-
-    def keys(self) -> list[str]:
-        """Return the names."""
-        return list(self._shapes)
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        """Return a tensor's shape."""
-        return self._shapes[key]
-
-    def dtype(self, key: str) -> torch.dtype:
-        """Return float32."""
-        return torch.float32
 
     def load(self, key: str) -> Tensor:
         """Return a tensor."""
         shape = self._shapes[key]
         return self._buffer[: torch.Size(shape).numel()].view(shape)
-
-    def load_part(self, key: str, start: int, length: int) -> Tensor:
-        """Return a part of it."""
-        return self.load(key).flatten()[start : start + length]
 
 
 def export_and_convert(folder: Path, gib: float, repetitions: int) -> Table:
