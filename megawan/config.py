@@ -17,7 +17,7 @@ from megawan.encode_options import EncodeOptions
 from megawan.flow.loss import FlowOptions
 from megawan.metrics import MetricsOptions
 from megawan.optim import OptimOptions
-from megawan.previews import PreviewOptions
+from megawan.preview_options import PreviewOptions
 from megawan.profiling import ProfileOptions
 from megawan.validation import ValidationOptions
 

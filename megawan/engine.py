@@ -325,12 +325,18 @@ def _set_weights(engine: deepspeed.DeepSpeedEngine, buffers: Sequence[Tensor]) -
         _refresh_resident(engine)
 
 
+DOUBLED_AT_ONCE = 1 << 22
+"""Numbers that are widened to float64 together: 32 MiB."""
+
+
 def distance(engine: deepspeed.DeepSpeedEngine, before: Sequence[Tensor]) -> float:
     """Return the L2 norm of what changed in the masters of all ranks since `before`, copies of
-    `master_buffers`; collective."""
+    `master_buffers` that hold the change afterwards; collective."""
     squares = torch.zeros((), dtype=torch.float64)
     for master, earlier in zip(master_buffers(engine), before, strict=True):
-        squares += (master - earlier).square().sum(dtype=torch.float64).cpu()
+        pieces = earlier.sub_(master).flatten().split(DOUBLED_AT_ONCE)
+        norms = [torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in pieces]
+        squares += sum(norm.square() for norm in norms).cpu()
     if engine.zero_optimization_stage():  # at stage 0 every rank holds all of them
         squares = sum_over_ranks(squares)
     return math.sqrt(float(squares))

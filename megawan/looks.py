@@ -11,11 +11,12 @@ from megawan import cli, dist
 from megawan.data.batch import Batch, pad_text
 from megawan.flow.loss import FlowSample
 from megawan.metrics import RunLog
-from megawan.previews import Previews, chosen_codec, png, prompted_previews, stored_previews
+from megawan.preview_options import chosen_codec
 from megawan.validation import Validation
 from megawan.watch import Watch
 
-if TYPE_CHECKING:  # imports DeepSpeed, seconds that --help and --dry-run do not need
+if TYPE_CHECKING:  # DeepSpeed and codecs, seconds that a run without them does not need
+    from megawan.previews import Previews
     from megawan.trainer import Trainer
 
 
@@ -41,12 +42,14 @@ def hold_out(trainer: "Trainer") -> Validation | None:
     return validation
 
 
-def choose_previews(trainer: "Trainer") -> Previews | None:
+def choose_previews(trainer: "Trainer") -> "Previews | None":
     """Return the videos that a run samples on the way, None for none. Raises cli.UserError where a stored
     sample cannot be read, cli.RunFailed where the text encoder cannot."""
     plan, options = trainer.plan, trainer.plan.config.sample
     if not options.every:
         return None
+    from megawan.previews import Previews, prompted_previews, stored_previews
+
     wan, store = plan.variant.config, plan.held_out or plan.data
     try:
         if options.prompts:
@@ -73,9 +76,11 @@ def choose_previews(trainer: "Trainer") -> Previews | None:
     )
 
 
-def show(trainer: "Trainer", previews: Previews, log: RunLog, step: int, folder: Path) -> None:
+def show(trainer: "Trainer", previews: "Previews", log: RunLog, step: int, folder: Path) -> None:
     """Sample the videos with the weights, and the moving average where there is one, and show them;
     collective. What cannot be decoded or written is said, and the training goes on."""
+    from megawan.previews import png
+
     latents = {"samples": previews.sample(trainer.velocity, trainer.device)}
     if trainer.average is not None:
         with trainer.averaged():

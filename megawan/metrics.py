@@ -278,11 +278,13 @@ class RunLog:
                 self._give_up(error)
 
     def scalars(self, step: int, scalars: dict[str, float]) -> None:
-        """Write one point of these curves."""
-        if self._writer is not None:
+        """Write one point of these curves, in one event: forty of its own cost as much as small steps do."""
+        if self._writer is not None and scalars:
+            from tensorboard.compat.proto.summary_pb2 import Summary
+
+            points = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
             try:
-                for tag, value in scalars.items():
-                    self._writer.add_scalar(tag, value, step)
+                self._writer._get_file_writer().add_summary(Summary(value=points), step)
             except OSError as error:
                 self._give_up(error)
         if self._wandb is not None and scalars:

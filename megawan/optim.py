@@ -20,7 +20,7 @@ class OptimOptions:
     schedule: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_min_lr"] = (
         "constant_with_warmup"
     )
-    """Shape after the warm-up, over --steps (transformers.get_scheduler)."""
+    """Shape after the warm-up, over --steps; named and shaped as in transformers.get_scheduler."""
     warmup_steps: int = 0
     """Optimizer steps of linear warm-up from 0."""
     min_learning_rate: float = 0.0
@@ -120,14 +120,20 @@ def build_optimizer(groups: list[dict[str, Any]], options: OptimOptions) -> torc
 def build_schedule(
     optimizer: torch.optim.Optimizer, options: OptimOptions, steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """Return the schedule over `steps` optimizer steps; stepped once after each update."""
-    from transformers import get_scheduler  # 1 s of imports that --help and --dry-run do not need
+    """Return the schedule over `steps` optimizer steps; stepped once after each update.
 
-    specific = {"min_lr": options.min_learning_rate} if options.schedule == "cosine_with_min_lr" else None
-    return get_scheduler(
-        options.schedule,
-        optimizer,
-        num_warmup_steps=options.warmup_steps,
-        num_training_steps=steps,
-        scheduler_specific_kwargs=specific,
-    )
+    The shapes of transformers.get_scheduler, whose import would read a thousand files on every rank.
+    """
+    warmup, floor = options.warmup_steps, options.min_learning_rate / options.learning_rate
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return step / warmup
+        if options.schedule.startswith("constant"):
+            return 1.0
+        done = (step - warmup) / max(1, steps - warmup)
+        if options.schedule == "linear":
+            return max(0.0, 1.0 - done)
+        return 0.5 * (1.0 + math.cos(math.pi * done)) * (1.0 - floor) + floor
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

@@ -13,7 +13,18 @@ from typing import Any
 
 import torch
 
-from megawan import checkpoint, cost, ds_config, ema, filler, metrics, optim, previews, profiling, validation
+from megawan import (
+    checkpoint,
+    cost,
+    ds_config,
+    ema,
+    filler,
+    metrics,
+    optim,
+    preview_options,
+    profiling,
+    validation,
+)
 from megawan.cli import UserError
 from megawan.config import TrainConfig, to_dict
 from megawan.data.filling import FillingError, FillingStore
@@ -334,7 +345,7 @@ def put_together(
     plan = Plan(
         config, variant, topology, data, flow, resolved, steps, clean_frames, recompute, weights, held_out
     )
-    previews.check(
+    preview_options.check(
         config.sample,
         codec=plan.codec,
         channels=variant.latent_channels,

@@ -8,7 +8,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as torch_dist
@@ -27,8 +27,10 @@ from megawan.models.layouts import TensorSource
 from megawan.models.wan import LEAF_MODULES, WanModel, patchify, token_grid, unpatchify
 from megawan.parallel.context import ContextParallel
 from megawan.plan import Plan
-from megawan.previews import Preview
 from megawan.step_times import StepTimes
+
+if TYPE_CHECKING:  # codecs, which a run without videos does not need
+    from megawan.previews import Preview
 
 
 @dataclass(frozen=True)
@@ -230,7 +232,7 @@ class Trainer:
         return self._compare(batch, sample)[0].per_sample
 
     @torch.no_grad()
-    def velocity(self, preview: Preview, x_t: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+    def velocity(self, preview: "Preview", x_t: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
         """Return the whole velocity [1, C, T, H, W] on every rank of the context-parallel group."""
         tokens = self.engine(
             x_t,

@@ -13,7 +13,8 @@ from PIL import Image
 
 from megawan.models.wan import WanModel
 from megawan.plan import Plan
-from megawan.previews import Preview, PreviewOptions, Previews, check, stored_previews
+from megawan.preview_options import PreviewOptions, check
+from megawan.previews import Preview, Previews, stored_previews
 from megawan.sampling import sample_latents
 from tests.distributed import run_distributed
 from tests.training import lively, plan_of

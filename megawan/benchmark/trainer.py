@@ -1,29 +1,25 @@
 """What train.py costs beside its model: the loop around it, and the time until its first step."""
 
 import os
-import pstats
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megawan.benchmark.report import Table
 from megawan.benchmark.timing import Spread, paired_ratio
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ROOT / "megawan/train.py"
-# train.py ends its process itself; this calls its main() under a profiler and ends as usual.
-PROFILED = """
-import cProfile, runpy, sys
-main = runpy.run_path(sys.argv[1], run_name="profiled_train")["main"]
-profile = cProfile.Profile()
-profile.runcall(main, sys.argv[3:])
-profile.dump_stats(sys.argv[2])
-import os; os._exit(0)
-"""
+TIME_LIMIT = 600.0
+"""Seconds for a process to begin its training; the first on a machine builds DeepSpeed's extension."""
+FIRST_STEPS = 3
+"""Steps that build what later ones find."""
 # Importing what every DeepSpeed trainer imports, and its initialize() on one linear layer.
 BARE = """
 import os, torch, deepspeed
@@ -34,63 +30,45 @@ deepspeed.initialize(model=model, config={"train_batch_size": 1, "zero_optimizat
     "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "torch_adam": True}}})
 print("step 1/", flush=True); os._exit(0)
 """
-PARTS = {
-    # (file, function): what it is called in the table
-    ("loop", "train.py"): "whole loop",
-    ("step", "trainer.py"): "trainer.step",
-    ("ask", "agreement.py"): "agreement",
-    ("sample", "loss.py"): "noise, levels, target",
-    ("flow_loss", "loss.py"): "loss",
-    ("read", "metrics.py"): "meters",
-    ("start", "saving.py"): "save: copy",
-    ("finish", "saving.py"): "save: wait",
-    ("step", "metrics.py"): "log",
-    ("describe_samples", "agreement.py"): "names of samples",
-}
+WORK = ("forward", "backward", "optimizer")
+AROUND = ("data", "agreement")
 
 
 def loop(flags: Sequence[str], steps: int) -> Table:
-    """Return how much of the loop's time is not trainer.step's (model and optimizer) nor the save at the end.
-
-    By Python's profiler, which makes Python itself slower: an upper bound. Raises RuntimeError if the run
-    fails.
-    """
+    """Return how much of a step is neither the model's (noise and loss with it) nor the optimizer's, from the
+    curves of a run that logs every step. Raises RuntimeError if the run fails."""
     with tempfile.TemporaryDirectory(prefix="megawan-benchmark-") as name:
-        stats_file = Path(name) / "stats"
-        command = [sys.executable, "-c", PROFILED, str(TRAIN), str(stats_file), f"--steps={steps}"]
         done = subprocess.run(
-            [*command, *flags, f"--output={name}/run"],
+            [sys.executable, str(TRAIN), f"--steps={FIRST_STEPS + steps}", "--metrics.log_every=1"]
+            + [*flags, f"--output={name}/run"],
             env=environment(),
             capture_output=True,
             text=True,
             check=False,
+            timeout=TIME_LIMIT + 60 * steps,
         )
-        if done.returncode or not stats_file.exists():
+        if done.returncode:
             raise RuntimeError(f"train.py ended with {done.returncode}: {done.stderr[-600:]}")
-        raw: Any = pstats.Stats(str(stats_file)).stats  # type: ignore[attr-defined]
-    seconds = dict.fromkeys(PARTS.values(), 0.0)
-    for (file, _, function), (_, _, _, cumulative, _) in raw.items():
-        part = PARTS.get((function, Path(file).name))
-        if part is not None and "megawan" in file:
-            seconds[part] += cumulative
-    around = seconds["whole loop"] - seconds["trainer.step"] - seconds["save: copy"] - seconds["save: wait"]
-    step = seconds["trainer.step"] / steps
+        curves = EventAccumulator(f"{name}/run/tensorboard", size_guidance={"scalars": 0}).Reload()
+        seconds = {
+            part: [point.value for point in curves.Scalars(f"perf/{part}")][FIRST_STEPS:]
+            for part in ("step_time", *(f"time_{part}" for part in WORK + AROUND))
+        }
+    of_work = zip(*(seconds[f"time_{part}"] for part in WORK), strict=True)
+    seconds["around"] = [step - sum(work) for step, work in zip(seconds["step_time"], of_work, strict=True)]
+    medians = {part: 1e3 * Spread.of(values).median for part, values in seconds.items()}
+    share = paired_ratio(seconds["around"], seconds["step_time"])
     table = Table(
         "Training loop outside model and optimizer",
-        note=f"`train.py {' '.join(flags)}`, {steps} steps, under Python's profiler (an upper bound).",
+        note=f"`train.py {' '.join(flags)}`, logging every step; medians of {steps} steps.",
     )
     table.rows.append(
         {
-            "trainer.step, ms": 1e3 * step,
-            "loop around it, ms a step": 1e3 * around / steps,
-            "share": f"{around / seconds['trainer.step']:.2%}",
-            "of which": ", ".join(
-                f"{name} {1e3 * seconds[name] / steps:.2f}"
-                for name in ("agreement", "meters", "log", "names of samples")
-            ),
-            "inside the step: noise and loss, ms": 1e3
-            * (seconds["noise, levels, target"] + seconds["loss"])
-            / steps,
+            "step, ms": medians["step_time"],
+            "loop around model and optimizer, ms": medians["around"],
+            "share": f"{share.median:.2%} ({share.low:.2%} to {share.high:.2%})",
+            "of which": ", ".join(f"{part} {medians[f'time_{part}']:.2f}" for part in AROUND)
+            + ", the rest log and meters",
         }
     )
     table.details.append(seconds)
@@ -99,14 +77,18 @@ def loop(flags: Sequence[str], steps: int) -> Table:
 
 def first_step(flags: Sequence[str], port: Callable[[], int], repetitions: int) -> Table:
     """Return the time until train.py prints its first step, against importing torch and deepspeed and
-    initialize() of one layer; in turn, after one of each."""
+    initialize() of one layer; in turn, after one of each. Raises RuntimeError where one fails or hangs."""
+    from megawan.engine import extension_folder  # imports DeepSpeed
+
     ours, bare = list[float](), list[float]()
     for number in range(repetitions + 1):
         with tempfile.TemporaryDirectory(prefix="megawan-benchmark-") as name:
-            script = BARE.replace("sys_port", repr(str(port())))
-            bare_s = until_first_step([sys.executable, "-c", script], name)
             command = [sys.executable, str(TRAIN), "--steps=1", *flags, f"--output={name}/run"]
             ours_s = until_first_step(command, name)
+            # In a folder of its own DeepSpeed would build its extension again, or wait for another's lock.
+            script = BARE.replace("sys_port", repr(str(port())))
+            folder = {"TORCH_EXTENSIONS_DIR": str(extension_folder())}
+            bare_s = until_first_step([sys.executable, "-c", script], name, folder)
         if number:
             ours.append(ours_s)
             bare.append(bare_s)
@@ -123,19 +105,30 @@ def first_step(flags: Sequence[str], port: Callable[[], int], repetitions: int) 
     return table
 
 
-def until_first_step(command: Sequence[str], folder: str) -> float:
-    """Return the seconds until `command` prints "step 1/". Raises RuntimeError if it never does."""
+def until_first_step(command: Sequence[str], folder: str, more: dict[str, str] | None = None) -> float:
+    """Return the seconds until `command` prints "step 1/"; more: variables for its environment.
+
+    Raises RuntimeError if it never does, or not within TIME_LIMIT.
+    """
     began = time.perf_counter()
     with open(f"{folder}/err", "w+") as errors:
         process = subprocess.Popen(
-            command, env=environment(), stdout=subprocess.PIPE, stderr=errors, text=True, cwd=folder
+            command,
+            env=environment() | (more or {}),
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            cwd=folder,
         )
+        limit = threading.Timer(TIME_LIMIT, process.kill)
+        limit.start()
         seconds = None
         assert process.stdout is not None
         for line in process.stdout:
             if seconds is None and "step 1/" in line:
                 seconds = time.perf_counter() - began
         process.wait()
+        limit.cancel()
         errors.seek(0)
         if seconds is None:
             raise RuntimeError(

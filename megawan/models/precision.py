@@ -18,27 +18,45 @@ def wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-class _WideLinear(torch.autograd.Function):
-    """y = x W^T + b in float32, keeping only the half-precision W for the backward pass.
+WIDENED_AT_ONCE = 1 << 20
+"""Numbers of a weight: 4 MiB in float32, which a CPU's cache holds."""
 
-    `F.linear(x, W.float())` would keep a float32 copy of W alive until the backward pass: 630 MB for the time
-    projection of a 14B model, and outside ZeRO-3's sharding at that.
+
+class _WideLinear(torch.autograd.Function):
+    """y = x W^T + b in float32, of a half-precision W that is widened a few rows at a time.
+
+    `F.linear(x, W.float())` would write and read a float32 copy of W, for the time projection of a 14B model
+    630 MB, and keep it alive until the backward pass, outside ZeRO-3's sharding at that.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.bias_dtype = bias.dtype
-        return F.linear(wide(x), wide(weight), wide(bias))
+        x, bias = wide(x), wide(bias)
+        return torch.cat(
+            [F.linear(x, wide(weight[rows]), bias[rows]) for rows in _row_slices(weight)], dim=-1
+        )
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         x, weight = ctx.saved_tensors
-        rows = grad.reshape(-1, grad.shape[-1])
-        # The sinusoids of the time need none.
-        grad_x = (grad @ wide(weight)).to(x.dtype) if ctx.needs_input_grad[0] else None
-        grad_weight = (rows.t() @ wide(x).reshape(-1, x.shape[-1])).to(weight.dtype)
-        return grad_x, grad_weight, rows.sum(0).to(ctx.bias_dtype)
+        tokens, grads = wide(x).reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        # The sinusoids of the time need no gradient.
+        grad_x = torch.zeros_like(tokens) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.empty_like(weight)
+        for rows in _row_slices(weight):
+            grad_weight[rows] = grads[:, rows].t() @ tokens
+            if grad_x is not None:
+                grad_x.addmm_(grads[:, rows], wide(weight[rows]))
+        back = None if grad_x is None else grad_x.view_as(x).to(x.dtype)
+        return back, grad_weight, grads.sum(0).to(ctx.bias_dtype)
+
+
+def _row_slices(weight: Tensor) -> list[slice]:
+    """Return the rows of a weight [out, in] in runs of about WIDENED_AT_ONCE numbers."""
+    rows = max(1, WIDENED_AT_ONCE // weight.shape[1])
+    return [slice(start, start + rows) for start in range(0, weight.shape[0], rows)]
 
 
 class WideLinear(nn.Linear):
