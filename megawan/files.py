@@ -40,7 +40,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     or the whole new one.
 
     Not the library's save_file: that copies every tensor once more before it writes, and its file would have
-    to be read again for the digest. Here the bytes go from the tensors to the disk, and are hashed meanwhile.
+    to be read again for the digest. Here the bytes go from the tensors to the disk, and are hashed meanwhile;
+    the disk begins with the first bytes, not at the sync that ends the file.
     """
     # Larger elements first: every tensor lies at a multiple of its element's size.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
@@ -54,7 +55,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     text += b" " * (-len(text) % 8)
     aside = path.with_name(path.name + ".tmp")
     digest = hashlib.sha256()
-    with aside.open("wb") as file, ThreadPoolExecutor(max_workers=1) as hashing:
+    with (
+        aside.open("wb") as file,
+        ThreadPoolExecutor(max_workers=1) as hashing,
+        ThreadPoolExecutor(max_workers=1) as flushing,
+    ):
+        flushed = flushing.submit(lambda: None)
         done = hashing.submit(digest.update, len(text).to_bytes(8, "little") + text)
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
@@ -65,7 +71,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
                 done.result()
                 done = hashing.submit(digest.update, block)
                 file.write(block)
+                if flushed.done():
+                    flushed.result()
+                    flushed = flushing.submit(os.fdatasync, file.fileno())
         done.result()
+        flushed.result()
     _rename(aside, path)
     return digest.hexdigest()
 

@@ -200,10 +200,11 @@ def test_a_disk_that_fills_up_is_said_once_and_the_run_goes_on(
     log = RunLog(tmp_path, MetricsOptions(), 0, 9)
     log.step(1, POINT, 0.1)
 
-    def full(tag: str, value: float, step: int) -> None:
+    def full(summary: object, step: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(log._writer, "add_scalar", full)
+    assert log._writer is not None
+    monkeypatch.setattr(log._writer._get_file_writer(), "add_summary", full)
     for step in (2, 3):
         log.step(step, POINT, 0.1)
     log.text("config", "text", 3)

@@ -1,9 +1,10 @@
-"""Measure what a checkpoint costs: how long training waits, and how fast the rest is written.
+"""Measure what a checkpoint costs: how long training waits, how fast the rest is written, how fast it loads.
 
     python tools/benchmark_saving.py --folder /scratch/me --gib 4
 
-Saves states of this many GiB on one rank several times, alternating with plain writes of as many bytes (one
-file, one fsync), and prints medians. Both are removed again.
+Saves and loads states of this many GiB on one rank several times, in turn with plain writes (one file, one
+fsync) and plain reads of as many bytes, and prints medians. Before a read the files leave the page cache.
+All files are removed again.
 """
 
 import os
@@ -74,38 +75,77 @@ def measure(folder: Path, options: Options) -> None:
         for kind in ("master", *MOMENTS)
     ]
     size = sum(piece.values.nbytes for piece in pieces)
-    saver = Saver(folder / "checkpoints", CheckpointOptions(keep_last=1), 600)
-    saver.start(0, pieces, {})  # makes the host buffers, once a run
+    saver = Saver(folder / "checkpoints", CheckpointOptions(keep_last=0), 600)
+    saver.start(0, pieces, {})  # it makes the host buffers, once a run
     saver.finish()
     first = saver.ended()[0]
-    waited, written, plain, loaded = [], [], [], []
+    shutil.rmtree(first.folder)
+    rows: dict[str, list[float]] = {
+        name: []
+        for name in (
+            "training waited for the copy",
+            "written, hashed, committed aside",
+            "plain write of the same bytes",
+            "verified before a resume",
+            "loaded: verified, then read",
+            "plain read of the same bytes",
+        )
+    }
     for number in tqdm(range(1, options.rounds + 1), unit="round", disable=None):
         saver.start(number, pieces, {})
         saver.finish()
         (saved,) = saver.ended()
         if saved.problem:
             raise UserError(f"--folder: {saved.problem}")
-        waited.append(saved.copy_seconds)
-        written.append(saved.write_seconds)
-        plain.append(plain_write(folder / "plain", pieces))
-        began = time.perf_counter()
-        checkpoint.verify(saved.folder)
-        loaded.append(time.perf_counter() - began)
+        plain = folder / "plain"
+        seconds = [saved.copy_seconds, saved.write_seconds, plain_write(plain, pieces)]
+        forget(*saved.folder.iterdir(), plain)
+        seconds += [*load(saved.folder, pieces), plain_read(plain)]
+        shutil.rmtree(saved.folder)
+        for values, one in zip(rows.values(), seconds, strict=True):
+            values.append(one)
     gib = size / 2**30
-    rows = {
-        "training waited for the copy": waited,
-        "written, hashed, committed aside": written,
-        "plain write of the same bytes": plain,
-        "verified before a resume": loaded,
-    }
     print(
         f"{gib:.2f} GiB a checkpoint, {options.rounds} rounds, medians; first copy {first.copy_seconds:.2f} s"
     )
-    for name, seconds in rows.items():
-        median = statistics.median(seconds)
+    medians = [statistics.median(values) for values in rows.values()]
+    for name, median in zip(rows, medians, strict=True):
         print(f"{name:34} {median:8.2f} s {gib / median:8.2f} GiB/s")
-    ratio = statistics.median(plain) / statistics.median(written)
-    print(f"bandwidth of a save: {ratio:.0%} of a plain write")
+    _, written, plainly_written, _, loaded, plainly_read = medians
+    print(f"bandwidth of a save: {plainly_written / written:.0%} of a plain write")
+    print(f"bandwidth of a load: {plainly_read / loaded:.0%} of a plain read")
+
+
+def load(folder: Path, pieces: Sequence[Fragment]) -> tuple[float, float]:
+    """Return the seconds until the checkpoint is verified and until its tensors are read too, one at a time
+    into the same memory, as a resume does."""
+    into = torch.empty(2**22)
+    began = time.perf_counter()
+    checkpoint.verify(folder)
+    verified = time.perf_counter() - began
+    saved = checkpoint.StepWeights(folder)
+    for piece in pieces:
+        into.copy_(saved.load_range(piece.kind, piece.name, 0, 2**22))
+    return verified, time.perf_counter() - began
+
+
+def forget(*files: Path) -> None:
+    """Ask the system to drop the files from its page cache."""
+    for file in files:
+        with file.open("rb") as opened:
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def plain_read(file: Path) -> float:
+    """Return the seconds that reading the file takes, and remove it."""
+    block = memoryview(bytearray(BLOCK))
+    began = time.perf_counter()
+    with file.open("rb", buffering=0) as opened:
+        while opened.readinto(block):
+            pass
+    seconds = time.perf_counter() - began
+    file.unlink()
+    return seconds
 
 
 def plain_write(file: Path, pieces: Sequence[Fragment]) -> float:
@@ -118,9 +158,7 @@ def plain_write(file: Path, pieces: Sequence[Fragment]) -> float:
                 opened.write(content[place : place + BLOCK])
         opened.flush()
         os.fsync(opened.fileno())
-    seconds = time.perf_counter() - began
-    file.unlink()
-    return seconds
+    return time.perf_counter() - began
 
 
 if __name__ == "__main__":
