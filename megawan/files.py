@@ -3,8 +3,9 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 _BLOCK = 2**24
+_SYNC_EVERY = 2**26
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
@@ -40,8 +42,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     or the whole new one.
 
     Not the library's save_file: that copies every tensor once more before it writes, and its file would have
-    to be read again for the digest. Here the bytes go from the tensors to the disk, and are hashed meanwhile;
-    the disk begins with the first bytes, not at the sync that ends the file.
+    to be read again for the digest. Here the bytes go from the tensors to the disk, and are hashed meanwhile.
     """
     # Larger elements first: every tensor lies at a multiple of its element's size.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
@@ -55,14 +56,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     text += b" " * (-len(text) % 8)
     aside = path.with_name(path.name + ".tmp")
     digest = hashlib.sha256()
-    with (
-        aside.open("wb") as file,
-        ThreadPoolExecutor(max_workers=1) as hashing,
-        ThreadPoolExecutor(max_workers=1) as flushing,
-    ):
-        flushed = flushing.submit(lambda: None)
+    with open_streaming(aside) as write, ThreadPoolExecutor(max_workers=1) as hashing:
         done = hashing.submit(digest.update, len(text).to_bytes(8, "little") + text)
-        file.write(len(text).to_bytes(8, "little") + text)
+        write(len(text).to_bytes(8, "little") + text)
         for name in names:
             content = tensors[name].contiguous().flatten().view(torch.uint8).numpy().data
             for place in range(0, len(content), _BLOCK):
@@ -70,14 +66,33 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
                 block = content[place : place + _BLOCK]
                 done.result()
                 done = hashing.submit(digest.update, block)
-                file.write(block)
-                if flushed.done():
-                    flushed.result()
-                    flushed = flushing.submit(os.fdatasync, file.fileno())
+                write(block)
         done.result()
-        flushed.result()
     _rename(aside, path)
     return digest.hexdigest()
+
+
+@contextmanager
+def open_streaming(path: Path) -> Iterator[Callable[[bytes | memoryview], None]]:
+    """Give a function that appends to a new file; after the block the disk holds it.
+
+    The disk is asked for every 64 MiB while the next are made ready, not for all of them at the end.
+    """
+    with path.open("wb") as file, ThreadPoolExecutor(max_workers=1) as syncing:
+        synced, waiting = syncing.submit(lambda: None), 0
+
+        def write(block: bytes | memoryview) -> None:
+            nonlocal synced, waiting
+            file.write(block)
+            waiting += len(block)
+            if waiting >= _SYNC_EVERY and synced.done():
+                synced.result()
+                synced, waiting = syncing.submit(os.fdatasync, file.fileno()), 0
+
+        yield write
+        synced.result()
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def sync(path: Path) -> None:

@@ -209,14 +209,8 @@ class Trainer:
         """Return the loss of the model's velocity on this rank's tokens, and how many tokens with loss the
         whole video has."""
         patch = self.plan.variant.config.patch_size
-        pred = self.engine(
-            sample.x_t,
-            sample.timestep,
-            batch.text,
-            context=self.context,
-            clean_frames=sample.clean_frames,
-            clip=batch.clip,
-            condition=batch.condition,
+        pred = self._predict(
+            sample.x_t, sample.timestep, batch.text, sample.clean_frames, batch.clip, batch.condition
         )
         valid, valid_tokens = loss_tokens(batch.latents, patch, sample.clean_frames, self.context)
         target = self.context.shard(patchify(sample.target, patch))
@@ -224,6 +218,27 @@ class Trainer:
             pred, target, sample.weight, valid=valid, valid_tokens=valid_tokens, cp_size=self.context.size
         )
         return loss, valid_tokens
+
+    def _predict(
+        self,
+        x_t: Tensor,
+        timestep: Tensor,
+        text: Tensor,
+        clean_frames: int,
+        clip: Tensor | None,
+        condition: Tensor | None,
+    ) -> Tensor:
+        """Return the velocity [B, L/cp, P] of this rank's tokens, as `WanModel.forward`."""
+        pred: Tensor = self.engine(
+            x_t,
+            timestep,
+            text,
+            context=self.context,
+            clean_frames=clean_frames,
+            clip=clip,
+            condition=condition,
+        )
+        return pred
 
     @torch.no_grad()
     def measure(self, batch: Batch, sample: FlowSample) -> Tensor:
@@ -234,15 +249,7 @@ class Trainer:
     @torch.no_grad()
     def velocity(self, preview: "Preview", x_t: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
         """Return the whole velocity [1, C, T, H, W] on every rank of the context-parallel group."""
-        tokens = self.engine(
-            x_t,
-            timestep,
-            text,
-            context=self.context,
-            clean_frames=self.plan.clean_frames,
-            clip=preview.clip,
-            condition=preview.condition,
-        )
+        tokens = self._predict(x_t, timestep, text, self.plan.clean_frames, preview.clip, preview.condition)
         patch = self.plan.variant.config.patch_size
         grid = token_grid(tuple(x_t.shape[1:]), patch)
         return unpatchify(self.context.gather(tokens, math.prod(grid)), grid, patch)

@@ -1,7 +1,7 @@
 """Where the time of a step goes: the profiler's self times, matrix products apart from everything else."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -24,24 +24,34 @@ class SelfTimes:
     """The operations of the rest that took most, longest first."""
 
 
-def self_times(step: Callable[[], object], device: torch.device, repetitions: int = 3) -> SelfTimes:
-    """Return the self times of the fastest of `repetitions` steps: on GPUs of the kernels, on CPUs of the
-    operators (a compiled region is one operator)."""
+def self_times(step: Callable[[], object], device: torch.device) -> SelfTimes:
+    """Return the self times of one step: on GPUs of the kernels, on CPUs of the operators (a compiled region
+    is one operator)."""
     cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    found = []
-    for _ in range(repetitions):
-        with profile(activities=activities) as record:
-            step()
-            if cuda:
-                torch.cuda.synchronize(device)
-        products, rest = 0.0, dict[str, float]()
-        for event in record.key_averages():
-            seconds = (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e6
-            if PRODUCTS.search(event.key):
-                products += seconds
-            elif seconds > 0:
-                rest[event.key] = rest.get(event.key, 0.0) + seconds
-        longest = sorted(rest.items(), key=lambda item: -item[1])[:8]
-        found.append(SelfTimes(products, sum(rest.values()), tuple(longest)))
-    return min(found, key=lambda times: times.products + times.rest)
+    with profile(activities=activities) as record:
+        step()
+        if cuda:
+            torch.cuda.synchronize(device)
+    products, rest = 0.0, dict[str, float]()
+    for event in record.key_averages():
+        seconds = (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e6
+        if PRODUCTS.search(event.key):
+            products += seconds
+        elif seconds > 0:
+            rest[event.key] = rest.get(event.key, 0.0) + seconds
+    longest = sorted(rest.items(), key=lambda item: -item[1])[:8]
+    return SelfTimes(products, sum(rest.values()), tuple(longest))
+
+
+def fastest_self_times(
+    steps: Mapping[str, Callable[[], object]], device: torch.device, repetitions: int = 5
+) -> dict[str, SelfTimes]:
+    """Return of each step the self times with the least outside products, of `repetitions` rounds that run
+    every step once: what a step pays for first touches of memory depends on those before it."""
+    found: dict[str, list[SelfTimes]] = {name: [] for name in steps}
+    for number in range(repetitions):
+        names = list(steps)
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            found[name].append(self_times(steps[name], device))
+    return {name: min(times, key=lambda one: one.rest) for name, times in found.items()}

@@ -13,7 +13,7 @@ from megawan.benchmark.arms import OURS, Arm, Kind
 from megawan.benchmark.flops import counted_flops
 from megawan.benchmark.memory import peak_bytes, saved_bytes
 from megawan.benchmark.problem import Problem, make_inputs
-from megawan.benchmark.profiling import self_times
+from megawan.benchmark.profiling import SelfTimes, fastest_self_times
 from megawan.benchmark.report import Table
 from megawan.benchmark.timing import Spread, interleaved, paired_ratio
 from megawan.benchmark.traffic import moved_bytes
@@ -73,8 +73,9 @@ def measure(
     if profiled:
         timed(table)
         rows = {row["step"]: row for row in table.rows}
+        times = fastest_self_times({arm.kind.label: arm.step for arm in arms}, device)
         for arm in arms:
-            rows[arm.kind.label] |= _examined(arm, problem, dtype, device)
+            rows[arm.kind.label] |= _examined(arm, times[arm.kind.label], problem, dtype, device)
     return table
 
 
@@ -145,18 +146,20 @@ def _bytes_outside_blocks(kind: Kind, problem: Problem, dtype: torch.dtype, devi
     return 2 * kept[0] - kept[1]
 
 
-def _examined(arm: Arm, problem: Problem, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Return memory, FLOPs and self times."""
+def _examined(
+    arm: Arm, times: SelfTimes, problem: Problem, dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
+    """Return memory, FLOPs and self times as a row."""
     saved = saved_bytes(arm.model, arm.loss)
     of_blocks = saved - _bytes_outside_blocks(arm.kind, problem, dtype, device)
     vector = problem.tokens * problem.config.dim * dtype.itemsize
-    times = self_times(arm.step, device)
     return {
         "saved MiB": saved / 2**20,
         "vectors a token and block": of_blocks / (vector * problem.config.num_layers),
         "peak MiB": peak_bytes(arm.step, device) / 2**20,
         "run GFLOP": "" if arm.kind.compiled else counted_flops(arm.step) / 1e9,
         "moved GiB outside products": "" if arm.kind.compiled else moved_bytes(arm.step) / 2**30,
+        "self s of products": times.products,
         "self s outside products": times.rest,
         "most of it": ", ".join(f"{name} {value:.3f}" for name, value in times.longest[:3]),
     }

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megawan.models.precision import wide
+from megawan.models.precision import operand, wide
 from megawan.models.rope import rotate
 
 Rope = tuple[Tensor, Tensor]
@@ -41,10 +41,10 @@ class _NormedHeads(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, eps: float, heads: int, cos: Tensor | None, sin: Tensor | None
     ) -> Tensor:
-        scale = wide(weight)  # the result of x·scale is float32; x itself is never widened as a whole
-        norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=scale.dtype)
+        scale, tokens = wide(weight), operand(x)
+        norm: Tensor = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True, dtype=scale.dtype)
         r = (norm.square() / x.shape[-1] + eps).rsqrt()
-        y = _split(x * scale, heads)
+        y = _split(tokens * scale, heads)
         ctx.rotated = cos is not None
         ctx.save_for_backward(x, weight, r, *((cos, sin) if ctx.rotated else ()))
         return _scaled_and_turned(y, r, cos, sin, 1).to(x.dtype)
@@ -53,13 +53,13 @@ class _NormedHeads(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         x, weight, r, *rope = ctx.saved_tensors
         cos, sin = rope if ctx.rotated else (None, None)
-        scale = wide(weight)
+        scale, tokens = wide(weight), operand(x)
         # g = r · (gradient of what is turned); grad_x = g·weight − x · r²/D · Σ g·weight·x
         g = _scaled_and_turned(wide(grad), r, cos, sin, -1).flatten(-2)
-        along = g * x
+        along = g * tokens
         grad_weight = along.flatten(0, -2).sum(0)
         share = (along @ scale).unsqueeze(-1) * (r.square() / -x.shape[-1])
-        grad_x = (g * scale).addcmul_(x, share)
+        grad_x = g.mul_(scale).addcmul_(tokens, share)
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None, None, None, None
 
 

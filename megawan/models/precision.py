@@ -18,6 +18,12 @@ def wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
+def operand(x: Tensor) -> Tensor:
+    """Return half-precision x as operations beside float32 values take it best: on CPUs, where each of them
+    would first widen a copy, widened once; on GPUs, where they widen in registers, as it is."""
+    return wide(x) if x.device.type == "cpu" else x
+
+
 WIDENED_AT_ONCE = 1 << 20
 """Numbers of a weight: 4 MiB in float32, which a CPU's cache holds."""
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megawan.files import sync, write_json, write_text
+from megawan.files import open_streaming, sync, write_json, write_text
 from megawan.models.keys import COMFYUI_PREFIX, expected_shapes, to_diffusers
 from megawan.models.tensor_files import DTYPE_NAMES, TensorSource, read_safetensors
 from megawan.models.variants import VARIANTS, Variant, WanConfig, get_variant
@@ -201,14 +201,12 @@ class _Plan:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         partial = _partial(file)
-        with partial.open("wb") as out:
-            out.write(struct.pack("<Q", len(text)) + text)
+        with open_streaming(partial) as write:
+            write(struct.pack("<Q", len(text)) + text)
             for key in keys:
-                out.write(self._bytes_of(key).numpy().data)
+                write(self._bytes_of(key).numpy().data)
                 if tick is not None:
                     tick(self.size(key))
-            out.flush()
-            os.fsync(out.fileno())
         written, _ = read_safetensors(partial)
         for key in keys:
             stored = written.get(self.spelled(key))
