@@ -72,7 +72,7 @@ def choose_previews(trainer: "Trainer") -> "Previews | None":
         clean_frames=plan.clean_frames,
         dp_rank=trainer.dp_rank,
         dp_size=plan.topology.dp_size,
-        cp_size=plan.topology.cp_size,
+        first=trainer.context.rank == 0,
     )
 
 

@@ -88,16 +88,17 @@ class Previews:
         clean_frames: int,
         dp_rank: int,
         dp_size: int,
-        cp_size: int,
+        first: bool,
     ) -> None:
-        """empty_text [S, text_dim]: what guidance pushes away from."""
+        """empty_text [S, text_dim]: what guidance pushes away from. first: whether this rank is the first of
+        its context-parallel group, whose ranks all hold the same video."""
         self._options = options
         self._previews = list(previews)
         self._empty_text = empty_text
         self._shift = shift if options.shift is None else options.shift
         self._codec = codec
         self._clean_frames = clean_frames
-        self._cp_size = cp_size
+        self._first = first
         # Sharded weights are gathered by all ranks together: each runs as many previews as the others.
         self._mine = range(dp_rank, -(-len(self._previews) // dp_size) * dp_size, dp_size)
 
@@ -106,13 +107,12 @@ class Previews:
         mine: dict[int, Tensor] = {}
         for turn in self._mine:
             latents = self._one(self._previews[turn % len(self._previews)], velocity, device)
-            if turn < len(self._previews):
+            if turn < len(self._previews) and self._first:
                 mine[turn] = latents
         found = []
         for number, preview in enumerate(self._previews):
             part = mine.get(number, torch.zeros_like(preview.noise))
-            # The ranks of a context-parallel group hold the same video.
-            found.append(dist.sum_over_ranks(part.float())[0] / self._cp_size)
+            found.append(dist.sum_over_ranks(part.float())[0])
         return found
 
     @torch.no_grad()

@@ -25,6 +25,7 @@ from tests.models.peers import PeerModel, random_inputs
 TRAIN = ROOT / "megawan/train.py"
 LAUNCHER = ("-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port")
 BAD = ("--input", "bad.csv", "--output")
+SAY_IMPORTS = {"PYTHONPROFILEIMPORTTIME": "1"}
 SIZE = ("--num_frames", "9", "--height", "64", "--width", "64")
 
 
@@ -37,6 +38,11 @@ def is_one_line(finished: Finished, *words: str) -> None:
     assert finished.err.count("\n") == 1 and "Traceback" not in finished.err, finished.err[-2000:]
     for word in words:
         assert word in finished.err
+
+
+def imported(finished: Finished) -> set[str]:
+    """Return the packages that a command run with SAY_IMPORTS imported."""
+    return set(re.findall(r"^import time: .*\| +([A-Za-z_]+)", finished.err, re.MULTILINE))
 
 
 def port() -> int:
@@ -226,8 +232,10 @@ def test_a_world_without_a_launcher_is_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("variant", ["debug-i2v", "debug-flf2v", "debug-control"])
 def test_a_variant_with_image_conditions_trains(variant: str, tmp_path: Path) -> None:
-    done = command(TRAIN, "--variant", variant, "--steps", "1", cwd=tmp_path)
+    done = command(TRAIN, "--variant", variant, "--steps", "1", cwd=tmp_path, env=SAY_IMPORTS)
     assert done.code == 0 and "step 1/1 | loss" in done.out, done.err[-3000:]
+    assert {"deepspeed", "tensorboard"} <= imported(done)
+    assert not {"transformers", "diffusers"} & imported(done)  # seconds, and thousands of files on every rank
 
 
 def test_samples_without_what_the_variant_takes_are_refused(job: Path) -> None:
@@ -280,8 +288,10 @@ def test_an_extension_that_cannot_be_built_is_one_line(tmp_path: Path) -> None:
 def test_a_dry_run_prints_the_plan_and_touches_nothing(tmp_path: Path) -> None:
     size = ("--num_frames", "81", "--height", "480", "--width", "832")
     words = ("-m", "megawan.train", "--dry-run", "--variant", "t2v-14B", *size)
-    dry = command(*words, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
+    dry = command(*words, cwd=tmp_path, env={"PYTHONPATH": str(ROOT), **SAY_IMPORTS})
     assert dry.code == 0, dry.err[-2000:]
+    assert "torch" in imported(dry)
+    assert not {"deepspeed", "transformers", "diffusers", "tensorboard"} & imported(dry)
     assert "t2v-14B, 14,288,491,584 parameters, 40 heads" in dry.out and "32,760 tokens a video" in dry.out
     assert "ids 0..999" in dry.out
     assert sorted(path.name for path in tmp_path.iterdir()) == [".stderr", ".stdout"]

@@ -77,7 +77,7 @@ def alone(plan: Plan) -> tuple[Previews, list[Preview], torch.Tensor]:
     starts = stored_previews(plan.data, options, wan.text_len)
     empty = torch.zeros(wan.text_len, wan.text_dim)
     previews = Previews(
-        options, starts, empty, shift=5.0, codec="dct", clean_frames=0, dp_rank=0, dp_size=1, cp_size=1
+        options, starts, empty, shift=5.0, codec="dct", clean_frames=0, dp_rank=0, dp_size=1, first=True
     )
     return previews, starts, empty
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megawan.models.precision import operand, wide
+from megawan.models.precision import operand, times, wide
 from megawan.models.rope import rotate
 
 Rope = tuple[Tensor, Tensor]
@@ -44,10 +44,10 @@ class _NormedHeads(torch.autograd.Function):
         scale, tokens = wide(weight), operand(x)
         norm: Tensor = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True, dtype=scale.dtype)
         r = (norm.square() / x.shape[-1] + eps).rsqrt()
-        y = _split(tokens * scale, heads)
+        y = _split(times(tokens, scale, own=tokens is not x), heads)
         ctx.rotated = cos is not None
         ctx.save_for_backward(x, weight, r, *((cos, sin) if ctx.rotated else ()))
-        return _scaled_and_turned(y, r, cos, sin, 1).to(x.dtype)
+        return _scaled_and_turned(y, r, cos, sin, 1, own=True).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
@@ -55,7 +55,8 @@ class _NormedHeads(torch.autograd.Function):
         cos, sin = rope if ctx.rotated else (None, None)
         scale, tokens = wide(weight), operand(x)
         # g = r · (gradient of what is turned); grad_x = g·weight − x · r²/D · Σ g·weight·x
-        g = _scaled_and_turned(wide(grad), r, cos, sin, -1).flatten(-2)
+        dy = wide(grad)
+        g = _scaled_and_turned(dy, r, cos, sin, -1, own=dy is not grad).flatten(-2)
         along = g * tokens
         grad_weight = along.flatten(0, -2).sum(0)
         share = (along @ scale).unsqueeze(-1) * (r.square() / -x.shape[-1])
@@ -68,18 +69,21 @@ def _split(x: Tensor, parts: int) -> Tensor:
     return x.reshape(*x.shape[:-1], parts, -1)
 
 
-def _scaled_and_turned(y: Tensor, r: Tensor, cos: Tensor | None, sin: Tensor | None, way: int) -> Tensor:
-    """Return r·y, contiguous, turned by the angles (way 1) or back (−1); y [B, l, N, K] wide, r [B, l, 1]."""
+def _scaled_and_turned(
+    y: Tensor, r: Tensor, cos: Tensor | None, sin: Tensor | None, way: int, own: bool
+) -> Tensor:
+    """Return r·y, contiguous, turned by the angles (way 1) or back (−1); y [B, l, N, K] wide, r [B, l, 1].
+    own: whether it may be y's memory."""
     r = r.unsqueeze(-1)
     if cos is None or sin is None:
-        return (y * r).contiguous()
+        return times(y, r, own).contiguous()
     sin = sin * way
     if torch.compiler.is_compiling():  # it makes no code for complex numbers
         return rotate(y, cos * r, sin * r).contiguous()
     # A gradient comes from attention with its axes in any order; a complex view needs pairs side by side.
     if y.stride(-1) != 1 or y.storage_offset() % 2 or any(step % 2 for step in y.stride()[:-1]):
-        y = y.clone(memory_format=torch.contiguous_format)
+        y, own = y.clone(memory_format=torch.contiguous_format), True
     pairs = torch.view_as_complex(_split(y, y.shape[-1] // 2))
-    turned = pairs.new_empty(pairs.shape)
+    turned = pairs if own and y.is_contiguous() else pairs.new_empty(pairs.shape)
     torch.mul(pairs, torch.complex(cos * r, sin * r), out=turned)
     return torch.view_as_real(turned).flatten(-2)

@@ -24,6 +24,11 @@ def operand(x: Tensor) -> Tensor:
     return wide(x) if x.device.type == "cpu" else x
 
 
+def times(x: Tensor, factor: Tensor, own: bool) -> Tensor:
+    """Return x·factor, in x's memory where that is the caller's `own`."""
+    return x.mul_(factor) if own else x * factor
+
+
 WIDENED_AT_ONCE = 1 << 20
 """Numbers of a weight: 4 MiB in float32, which a CPU's cache holds."""
 
@@ -157,14 +162,19 @@ class _GatedAdd(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, y: Tensor, gate: Tensor, clean: int) -> Tensor:
         ctx.clean = clean
         ctx.save_for_backward(y, gate)
-        return _by_row(torch.addcmul, clean, gate, x, y).to(x.dtype)  # gate is wide, and so is the sum
+        total = operand(x)
+        # gate is wide, and so is the sum; a widened copy takes it, as first touches of memory cost most here.
+        if total is x:
+            return _by_row(torch.addcmul, clean, gate, x, y).to(x.dtype)
+        return _by_row(Tensor.addcmul_, clean, gate, total, operand(y)).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         y, gate = ctx.saved_tensors
-        tokens = wide(grad)
-        grad_gate = _row_sums(tokens * y, gate, ctx.clean)
-        grad_y = _by_row(torch.mul, ctx.clean, gate, tokens).to(y.dtype)
+        tokens, product = wide(grad), operand(y)
+        grad_gate = _row_sums(times(product, tokens, own=product is not y), gate, ctx.clean)
+        scaled = torch.mul if tokens is grad else Tensor.mul_
+        grad_y = _by_row(scaled, ctx.clean, gate, tokens).to(y.dtype)
         return grad, grad_y, grad_gate, None
 
 
