@@ -68,7 +68,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
                 done = hashing.submit(digest.update, block)
                 write(block)
         done.result()
-    _rename(aside, path)
+    aside.replace(path)
+    sync(path.parent)
     return digest.hexdigest()
 
 

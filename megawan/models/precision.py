@@ -59,7 +59,7 @@ class _WideLinear(torch.autograd.Function):
         for rows in _row_slices(weight):
             grad_weight[rows] = grads[:, rows].t() @ tokens
             if grad_x is not None:
-                grad_x.addmm_(grads[:, rows], wide(weight[rows]))
+                grad_x += grads[:, rows] @ wide(weight[rows])
         back = None if grad_x is None else grad_x.view_as(x).to(x.dtype)
         return back, grad_weight, grads.sum(0).to(ctx.bias_dtype)
 
