@@ -31,6 +31,7 @@ def write_text(path: Path, text: str) -> None:
     aside = path.with_name(path.name + ".tmp")
     try:
         aside.write_text(text, encoding="utf-8")
+        sync(aside)
         _rename(aside, path)
     except OSError:
         aside.unlink(missing_ok=True)
@@ -68,8 +69,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
                 done = hashing.submit(digest.update, block)
                 write(block)
         done.result()
-    aside.replace(path)
-    sync(path.parent)
+    _rename(aside, path)
     return digest.hexdigest()
 
 
@@ -115,6 +115,6 @@ def sha256(path: Path) -> str:
 
 
 def _rename(aside: Path, path: Path) -> None:
-    sync(aside)
+    """Give a file that the disk holds its name."""
     aside.replace(path)
     sync(path.parent)

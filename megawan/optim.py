@@ -131,9 +131,10 @@ def build_schedule(
             return step / warmup
         if options.schedule.startswith("constant"):
             return 1.0
-        done = (step - warmup) / max(1, steps - warmup)
+        length = max(1, steps - warmup)
         if options.schedule == "linear":
-            return max(0.0, 1.0 - done)
+            return max(0.0, (steps - step) / length)
+        done = (step - warmup) / length
         return 0.5 * (1.0 + math.cos(math.pi * done)) * (1.0 - floor) + floor
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

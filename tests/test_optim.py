@@ -131,7 +131,7 @@ def test_every_step_has_the_schedules_learning_rate(schedule: str, warmup: int) 
     for step in range(steps):
         (found,), (other,) = built.get_last_lr(), reference.get_last_lr()
         factor = step / warmup if step < warmup else SHAPES[schedule](step, warmup, steps, floor / 0.1)
-        assert found == pytest.approx(0.1 * factor, rel=1e-12) == other
+        assert found == pytest.approx(0.1 * factor, rel=1e-12) and found == other
         assert ours.param_groups[0]["lr"] == found
         ours.step()
         theirs.step()

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from megawan.benchmark.timing import rotated
+
 PRODUCTS = re.compile(
     r"(^|::|_)(mm|addmm|bmm|baddbmm|matmul|linear|mkldnn_linear\w*|convolution\w*|\w*conv\w*)$|attention|gemm|cutlass|fmha|flash|cudnn",
     re.IGNORECASE,
@@ -51,7 +53,6 @@ def fastest_self_times(
     every step once: what a step pays for first touches of memory depends on those before it."""
     found: dict[str, list[SelfTimes]] = {name: [] for name in steps}
     for number in range(repetitions):
-        names = list(steps)
-        for name in names[number % len(names) :] + names[: number % len(names)]:
+        for name in rotated(list(steps), number):
             found[name].append(self_times(steps[name], device))
     return {name: min(times, key=lambda one: one.rest) for name, times in found.items()}

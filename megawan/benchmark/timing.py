@@ -45,8 +45,7 @@ def interleaved(
     """
     names, seconds = list(calls), {name: list[float]() for name in calls}
     for number in range(warm_up + repetitions):
-        start = number % len(names)
-        for name in names[start:] + names[:start]:
+        for name in rotated(names, number):
             _wait(device)
             began = time.perf_counter()
             calls[name]()
@@ -55,6 +54,12 @@ def interleaved(
                 seconds[name].append(time.perf_counter() - began)
         tick()
     return seconds
+
+
+def rotated(names: list[str], number: int) -> list[str]:
+    """Return the names in the order of a round: each round begins with another one."""
+    start = number % len(names)
+    return names[start:] + names[:start]
 
 
 def paired_ratio(ours: Sequence[float], theirs: Sequence[float]) -> Spread:

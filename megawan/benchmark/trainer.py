@@ -9,8 +9,6 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
 from megawan.benchmark.report import Table
 from megawan.benchmark.timing import Spread, paired_ratio
 
@@ -36,17 +34,22 @@ AROUND = ("data", "agreement")
 
 def loop(flags: Sequence[str], steps: int) -> Table:
     """Return how much of a step is neither the model's (noise and loss with it) nor the optimizer's, from the
-    curves of a run that logs every step. Raises RuntimeError if the run fails."""
+    curves of a run that logs every step. Raises RuntimeError if the run fails or hangs."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # not for --help
+
     with tempfile.TemporaryDirectory(prefix="megawan-benchmark-") as name:
-        done = subprocess.run(
-            [sys.executable, str(TRAIN), f"--steps={FIRST_STEPS + steps}", "--metrics.log_every=1"]
-            + [*flags, f"--output={name}/run"],
-            env=environment(),
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=TIME_LIMIT + 60 * steps,
-        )
+        try:
+            done = subprocess.run(
+                [sys.executable, str(TRAIN), f"--steps={FIRST_STEPS + steps}", "--metrics.log_every=1"]
+                + [*flags, f"--output={name}/run"],
+                env=environment(),
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=TIME_LIMIT + 60 * steps,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise RuntimeError(f"train.py did not end within {error.timeout:g} s") from None
         if done.returncode:
             raise RuntimeError(f"train.py ended with {done.returncode}: {done.stderr[-600:]}")
         curves = EventAccumulator(f"{name}/run/tensorboard", size_guidance={"scalars": 0}).Reload()
@@ -121,6 +124,7 @@ def until_first_step(command: Sequence[str], folder: str, more: dict[str, str] |
             cwd=folder,
         )
         limit = threading.Timer(TIME_LIMIT, process.kill)
+        limit.daemon = True  # an interrupted benchmark does not wait for it
         limit.start()
         seconds = None
         assert process.stdout is not None
