@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from megawan.models.attention import select_attention
 from megawan.models.heads import RMSNorm
-from megawan.models.precision import LayerNorm, WideLinear, gated_add, modulated_norm, wide
+from megawan.models.precision import LayerNorm, TanhGELU, WideLinear, gated_add, modulated_norm, wide
 from megawan.models.recompute import Keep, parse_recompute
 from megawan.models.rope import RopeTables
 from megawan.models.variants import WanConfig
@@ -198,7 +198,7 @@ class WanBlock(nn.Module):
         )
         self.ffn = nn.Sequential(
             nn.Linear(config.dim, config.ffn_dim),
-            nn.GELU(approximate="tanh"),
+            TanhGELU(),
             nn.Linear(config.ffn_dim, config.dim),
         )
         self.modulation = nn.Parameter(torch.empty(1, 6, config.dim))
@@ -328,9 +328,7 @@ class WanModel(nn.Module):
         self._best: dict[tuple[str, torch.dtype, bool], Attention] = {}
         dim = config.dim
         self.patch_embedding = PatchEmbedding(config.in_dim, dim, config.patch_size)
-        self.text_embedding = nn.Sequential(
-            nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
-        )
+        self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), TanhGELU(), nn.Linear(dim, dim))
         self.time_embedding = nn.Sequential(WideLinear(config.freq_dim, dim), nn.SiLU(), WideLinear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), WideLinear(dim, 6 * dim))
         self.blocks = nn.ModuleList(WanBlock(config, compiled) for _ in range(config.num_layers))

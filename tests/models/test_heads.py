@@ -1,5 +1,6 @@
 """The operations between matrix products are their formulas, forward and backward, eager and as compiled."""
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megawan.models.heads import RMSNorm
-from megawan.models.precision import gated_add, modulated_norm
+from megawan.models.precision import TanhGELU, gated_add, modulated_norm
 from megawan.models.rope import RopeTables, rotate
 
 HEADS, WIDTH, TOKENS, EPS = 3, 8, 10, 1e-6
@@ -74,6 +75,25 @@ def test_modulation_and_gate_are_the_formulas(rows: int, compiled: bool) -> None
     torch.testing.assert_close(
         gradients(ours, inputs, grad), gradients(wanted, inputs, grad), rtol=1e-11, atol=1e-11
     )
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.bfloat16, 2**-7)])
+def test_gelu_is_its_tanh_form(dtype: torch.dtype, tolerance: float, compiled: bool) -> None:
+    """Also far from 0, where one form of it would overflow and the other cancel."""
+    activation: Callable[..., Tensor] = TanhGELU()
+    if compiled:
+        activation = torch.compile(activation, backend="aot_eager", dynamic=False)
+    x = torch.cat((torch.linspace(-12, 12, 2001), torch.tensor([-1e4, -30.0, 0.0, 30.0, 1e4]))).to(dtype)
+    (grad,) = drawn((2006,), dtype=dtype)
+
+    def wanted(x: Tensor) -> Tensor:
+        return x / 2 * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3)))
+
+    found = gradients(activation, [x], grad)
+    assert {tensor.dtype for tensor in found} == {dtype}
+    exact = gradients(wanted, [x.double()], grad.double())
+    torch.testing.assert_close([y.double() for y in found], exact, rtol=tolerance, atol=tolerance)
 
 
 def test_half_precision_is_rounded_once() -> None:

@@ -6,8 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
-from megawan.models.attention import BACKENDS, MathAttention, choose_backend, select_attention
+from megawan.models.attention import (
+    BACKENDS,
+    MathAttention,
+    OperatorAttention,
+    choose_backend,
+    select_attention,
+)
 from megawan.parallel.kernel import AttentionKernel
 from megawan.rng import generator_at
 
@@ -52,6 +59,24 @@ def test_cpu_kernels_equal_the_formula_in_float64(name: str, dtype: str) -> None
     assert (lse.double() - scores.logsumexp(-1)).abs().max() < max(
         tolerance, 1e-6 if dtype != "float64" else 0
     )
+
+
+@pytest.mark.parametrize(("dtype", "copied"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_half_precision_keys_are_laid_out_once_on_a_cpu(dtype: torch.dtype, copied: bool) -> None:
+    """The backward pass finds them as the forward pass left them; wider ones and queries stay as they are."""
+    kernel = backend("sdpa", "cpu")
+    assert isinstance(kernel, OperatorAttention)
+    given = [x.requires_grad_() for x in tensors(dtype, 7, 11, 11)]
+    saved: list[Tensor] = []
+    with saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        out = kernel(*given)
+    q, *keys = saved[:3]
+    assert q.data_ptr() == given[0].data_ptr() and out.is_contiguous()
+    for found, wanted in zip(keys, given[1:], strict=True):
+        assert torch.equal(found, wanted)
+        assert found.transpose(1, 2).is_contiguous() == copied
+        assert (found.data_ptr() != wanted.data_ptr()) == copied
+    assert [x.data_ptr() for x in kernel.laid_out(*keys)] == [x.data_ptr() for x in keys]
 
 
 @pytest.mark.parametrize("name", ["sdpa", "math"])
