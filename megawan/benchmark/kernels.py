@@ -12,7 +12,7 @@ from megawan.benchmark.traffic import moved_bytes
 from megawan.hardware import peak_flops
 from megawan.models.attention import BACKENDS, select_attention
 from megawan.models.heads import RMSNorm
-from megawan.models.precision import gated_add, modulated_norm
+from megawan.models.precision import TanhGELU, gated_add, modulated_norm
 from megawan.models.rope import RopeTables
 
 EPS = 1e-6
@@ -114,7 +114,7 @@ def elementwise(device: torch.device, dtype: torch.dtype, repetitions: int, warm
                 (x, y, row),
             ),
             "RMSNorm + RoPE": (normed, formula_rope, (x,)),
-            "GELU": (_gelu, _gelu, (wide,)),
+            "GELU": (TanhGELU(), _gelu, (wide,)),
         }
         calls: dict[str, Callable[[], object]] = {"copy": lambda: x.detach().clone()}  # noqa: B023
         for name, (ours, formula, inputs) in ops.items():

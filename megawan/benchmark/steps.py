@@ -12,7 +12,7 @@ from megawan.benchmark import arms as build_arms
 from megawan.benchmark.arms import OURS, Arm, Kind
 from megawan.benchmark.flops import counted_flops
 from megawan.benchmark.memory import peak_bytes, saved_bytes
-from megawan.benchmark.problem import Problem, make_inputs
+from megawan.benchmark.problem import Inputs, Problem, make_inputs
 from megawan.benchmark.profiling import SelfTimes, fastest_self_times
 from megawan.benchmark.report import Table
 from megawan.benchmark.timing import Spread, interleaved, paired_ratio
@@ -76,6 +76,9 @@ def measure(
         times = fastest_self_times({arm.kind.label: arm.step for arm in arms}, device)
         for arm in arms:
             rows[arm.kind.label] |= _examined(arm, times[arm.kind.label], problem, dtype, device)
+        plain = [arm.kind for arm in arms if arm.kind.policy == "none"]
+        for label, outside in _block_times_outside_products(plain, problem, dtype, device).items():
+            rows[label]["of it a block"] = outside
     return table
 
 
@@ -138,12 +141,33 @@ def _bytes_outside_blocks(kind: Kind, problem: Problem, dtype: torch.dtype, devi
     blocks as for eager ones, which build at once."""
     kept = []
     for blocks in (1, 2):
-        cut = replace(problem, config=replace(problem.config, num_layers=blocks))
-        inputs = make_inputs(problem, device, dtype)
-        source = source_model(cut, device, dtype)
+        cut, inputs, source = _with_blocks(blocks, problem, dtype, device)
         twin = build_arms.build(replace(kind, compiled=False), source, cut, inputs, False)
         kept.append(saved_bytes(twin.model, twin.loss))
     return 2 * kept[0] - kept[1]
+
+
+def _block_times_outside_products(
+    wanted: Sequence[Kind], problem: Problem, dtype: torch.dtype, device: torch.device
+) -> dict[str, float]:
+    """Return each kind's self seconds outside products that a second block adds to a step of one block."""
+    steps = dict[str, Callable[[], object]]()
+    for kind in wanted:
+        for blocks in (1, 2):
+            cut, inputs, source = _with_blocks(blocks, problem, dtype, device)
+            arm = build_arms.build(kind, source, cut, inputs, False)
+            arm.step()  # compiles
+            steps[f"{kind.label}, {blocks}"] = arm.step
+    times = fastest_self_times(steps, device)
+    return {kind.label: times[f"{kind.label}, 2"].rest - times[f"{kind.label}, 1"].rest for kind in wanted}
+
+
+def _with_blocks(
+    blocks: int, problem: Problem, dtype: torch.dtype, device: torch.device
+) -> tuple[Problem, Inputs, WanModel]:
+    """Return the problem with that many blocks, its inputs and the weights for it."""
+    cut = replace(problem, config=replace(problem.config, num_layers=blocks))
+    return cut, make_inputs(problem, device, dtype), source_model(cut, device, dtype)
 
 
 def _examined(

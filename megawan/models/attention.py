@@ -88,6 +88,7 @@ class OperatorAttention(_Described):
 
     def backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> Triple:
         """Return (dq, dk, dv) for these keys; out and lse may be those of a longer row of keys."""
+        k, v = self.laid_out(k, v)
         dout, q, k, v, out = (x.transpose(1, 2) for x in (dout, q, k, v, out))
         dq, dk, dv = self.gradient(dout, q, k, v, out, lse)
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
@@ -96,7 +97,6 @@ class OperatorAttention(_Described):
         """Return k and v [B, L, N, K] in the memory order that the operators are fastest on.
 
         Not q: the output takes its order, and the projection behind it would make and keep another copy.
-        `backward` takes what it is given: copies made there would be the highest point of a block's memory.
         """
         if k.dtype not in self.heads_apart:
             return k, v

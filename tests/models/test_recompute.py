@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,15 @@ EVERY = (*recompute.POLICIES, MIXED, "attention:3,selective", "selective:2", "no
 WIDE = WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=1)
 VECTOR = 2 * WIDE.dim
 LIMITS = {"none": 36.0, "selective": 16.0, "attention": 2.2, "full": 1.1}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The bytes that are counted here hold no buffers of other threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 # --- no number changes ---
