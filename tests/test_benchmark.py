@@ -79,6 +79,28 @@ def test_ratios_are_taken_within_a_round() -> None:
     assert timing.paired_ratio([2, 2, 20, 20], [1, 1, 10, 10]) == timing.Spread(2, 2, 2)
 
 
+def test_a_step_is_timed_then_examined() -> None:
+    """What a block adds between products is told where nothing is recomputed, once the times are out."""
+    early: list[set[str]] = []
+    table = steps.measure(
+        PROBLEM,
+        torch.float32,
+        steps.kinds(["none", "full"], [], [False]),
+        device=CPU,
+        repetitions=1,
+        warm_up=0,
+        optimizer=True,
+        profiled=True,
+        tick=lambda: None,
+        timed=lambda table: early.append({key for row in table.rows for key in row}),
+    )
+    plain, full = table.rows
+    assert (plain["step"], full["step"]) == ("ours none", "ours full")
+    assert plain["vectors a token and block"] > full["vectors a token and block"] > 0
+    assert "of it a block" in plain and "of it a block" not in full
+    assert early == [{"step", "s", "quartiles", "TFLOP/s"}]
+
+
 def test_the_files_hold_every_row(tmp_path: Path) -> None:
     table = report.Table("Rows", [{"step": "a", "s": 0.12345}, {"step": "b", "MFU": "50 %"}], note="Note.")
     json_file, text_file = report.write(tmp_path / "new", "cpu", [table], "python tools/benchmark.py")

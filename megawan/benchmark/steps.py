@@ -152,14 +152,14 @@ def _block_times_outside_products(
 ) -> dict[str, float]:
     """Return each kind's self seconds outside products that a second block adds to a step of one block."""
     steps = dict[str, Callable[[], object]]()
-    for kind in wanted:
-        for blocks in (1, 2):
-            cut, inputs, source = _with_blocks(blocks, problem, dtype, device)
+    for blocks in (1, 2):
+        cut, inputs, source = _with_blocks(blocks, problem, dtype, device)
+        for kind in wanted:
             arm = build_arms.build(kind, source, cut, inputs, False)
             arm.step()  # compiles
             steps[f"{kind.label}, {blocks}"] = arm.step
-    times = fastest_self_times(steps, device)
-    return {kind.label: times[f"{kind.label}, 2"].rest - times[f"{kind.label}, 1"].rest for kind in wanted}
+    rest = {name: times.rest for name, times in fastest_self_times(steps, device).items()}
+    return {kind.label: rest[f"{kind.label}, 2"] - rest[f"{kind.label}, 1"] for kind in wanted}
 
 
 def _with_blocks(
