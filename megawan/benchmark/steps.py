@@ -12,7 +12,7 @@ from megawan.benchmark import arms as build_arms
 from megawan.benchmark.arms import OURS, Arm, Kind
 from megawan.benchmark.flops import counted_flops
 from megawan.benchmark.memory import peak_bytes, saved_bytes
-from megawan.benchmark.problem import Inputs, Problem, make_inputs
+from megawan.benchmark.problem import Problem, make_inputs
 from megawan.benchmark.profiling import SelfTimes, fastest_self_times
 from megawan.benchmark.report import Table
 from megawan.benchmark.timing import Spread, interleaved, paired_ratio
@@ -74,10 +74,14 @@ def measure(
         timed(table)
         rows = {row["step"]: row for row in table.rows}
         times = fastest_self_times({arm.kind.label: arm.step for arm in arms}, device)
+        one, two = (_with_blocks(blocks, problem, dtype, device) for blocks in (1, 2))
         for arm in arms:
-            rows[arm.kind.label] |= _examined(arm, times[arm.kind.label], problem, dtype, device)
+            outside_blocks = _bytes_outside_blocks(arm.kind, one, two)
+            rows[arm.kind.label] |= _examined(
+                arm, times[arm.kind.label], outside_blocks, problem, dtype, device
+            )
         plain = [arm.kind for arm in arms if arm.kind.policy == "none"]
-        for label, outside in _block_times_outside_products(plain, problem, dtype, device).items():
+        for label, outside in _block_times_outside_products(plain, one, two, device).items():
             rows[label]["of it a block"] = outside
     return table
 
@@ -136,46 +140,48 @@ def _fits(arm: Arm) -> bool:
     return True
 
 
-def _bytes_outside_blocks(kind: Kind, problem: Problem, dtype: torch.dtype, device: torch.device) -> int:
+def _with_blocks(
+    blocks: int, problem: Problem, dtype: torch.dtype, device: torch.device
+) -> Callable[[Kind], Arm]:
+    """Return what builds an arm of the problem with that many blocks; they share weights and inputs."""
+    cut = replace(problem, config=replace(problem.config, num_layers=blocks))
+    inputs, source = make_inputs(cut, device, dtype), source_model(cut, device, dtype)
+    return lambda kind: build_arms.build(kind, source, cut, inputs, optimizer=False)
+
+
+def _bytes_outside_blocks(kind: Kind, one: Callable[[Kind], Arm], two: Callable[[Kind], Arm]) -> int:
     """Return what embeddings and head keep, from models of one and of two blocks; the same for compiled
     blocks as for eager ones, which build at once."""
-    kept = []
-    for blocks in (1, 2):
-        cut, inputs, source = _with_blocks(blocks, problem, dtype, device)
-        twin = build_arms.build(replace(kind, compiled=False), source, cut, inputs, False)
-        kept.append(saved_bytes(twin.model, twin.loss))
-    return 2 * kept[0] - kept[1]
+    twins = [build(replace(kind, compiled=False)) for build in (one, two)]
+    of_one, of_two = (saved_bytes(twin.model, twin.loss) for twin in twins)
+    return 2 * of_one - of_two
 
 
 def _block_times_outside_products(
-    wanted: Sequence[Kind], problem: Problem, dtype: torch.dtype, device: torch.device
+    wanted: Sequence[Kind], one: Callable[[Kind], Arm], two: Callable[[Kind], Arm], device: torch.device
 ) -> dict[str, float]:
     """Return each kind's self seconds outside products that a second block adds to a step of one block."""
     steps = dict[str, Callable[[], object]]()
-    for blocks in (1, 2):
-        cut, inputs, source = _with_blocks(blocks, problem, dtype, device)
+    for blocks, build in enumerate((one, two), start=1):
         for kind in wanted:
-            arm = build_arms.build(kind, source, cut, inputs, False)
+            arm = build(kind)
             arm.step()  # compiles
             steps[f"{kind.label}, {blocks}"] = arm.step
     rest = {name: times.rest for name, times in fastest_self_times(steps, device).items()}
     return {kind.label: rest[f"{kind.label}, 2"] - rest[f"{kind.label}, 1"] for kind in wanted}
 
 
-def _with_blocks(
-    blocks: int, problem: Problem, dtype: torch.dtype, device: torch.device
-) -> tuple[Problem, Inputs, WanModel]:
-    """Return the problem with that many blocks, its inputs and the weights for it."""
-    cut = replace(problem, config=replace(problem.config, num_layers=blocks))
-    return cut, make_inputs(problem, device, dtype), source_model(cut, device, dtype)
-
-
 def _examined(
-    arm: Arm, times: SelfTimes, problem: Problem, dtype: torch.dtype, device: torch.device
+    arm: Arm,
+    times: SelfTimes,
+    outside_blocks: int,
+    problem: Problem,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> dict[str, Any]:
-    """Return memory, FLOPs and self times as a row."""
+    """Return memory, FLOPs and self times as a row; outside_blocks: bytes that embeddings and head keep."""
     saved = saved_bytes(arm.model, arm.loss)
-    of_blocks = saved - _bytes_outside_blocks(arm.kind, problem, dtype, device)
+    of_blocks = saved - outside_blocks
     vector = problem.tokens * problem.config.dim * dtype.itemsize
     return {
         "saved MiB": saved / 2**20,

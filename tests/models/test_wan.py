@@ -146,7 +146,16 @@ def test_gradients_in_half_precision_point_where_float32_points() -> None:
         assert similarity > 0.99, name
 
 
-def test_wide_linear_is_exact_and_keeps_no_wide_weight() -> None:
+def test_wide_linear_is_exact() -> None:
+    layer = WideLinear(5, 7).double()
+    x = torch.randn(2, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda x, w, b: torch.func.functional_call(layer, {"weight": w, "bias": b}, (x,)),
+        (x, layer.weight, layer.bias),
+    )
+
+
+def test_wide_linear_of_a_half_precision_weight_is_that_of_its_values() -> None:
     # Half-precision weights are taken a few rows at a time: five runs of them, the last one shorter.
     width, out_features = 1024, 4 * (WIDENED_AT_ONCE // 1024) + 7
     sliced = WideLinear(width, out_features).bfloat16()
@@ -164,6 +173,9 @@ def test_wide_linear_is_exact_and_keeps_no_wide_weight() -> None:
         results.append((y.detach(), tokens.grad, layer.weight.grad, layer.bias.grad))
     for found, exact, tolerance in zip(*results, (1e-4, 1e-4, 2**-8, 2**-8), strict=True):
         torch.testing.assert_close(found.double(), exact, rtol=tolerance, atol=1e-4)
+
+
+def test_wide_linear_keeps_no_wide_weight() -> None:
     kept: list[Tensor] = []
     half = WideLinear(5, 7).bfloat16()
     with saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
