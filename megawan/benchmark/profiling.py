@@ -46,13 +46,21 @@ def self_times(step: Callable[[], object], device: torch.device) -> SelfTimes:
     return SelfTimes(products, sum(rest.values()), tuple(longest))
 
 
-def fastest_self_times(
-    steps: Mapping[str, Callable[[], object]], device: torch.device, repetitions: int = 5
-) -> dict[str, SelfTimes]:
-    """Return of each step the self times with the least outside products, of `repetitions` rounds that run
-    every step once: what a step pays for first touches of memory depends on those before it."""
+def rounds_of_self_times(
+    steps: Mapping[str, Callable[[], object]], device: torch.device, repetitions: int
+) -> dict[str, list[SelfTimes]]:
+    """Return of each step its self times in each of the rounds, which run every step once."""
     found: dict[str, list[SelfTimes]] = {name: [] for name in steps}
     for number in range(repetitions):
         for name in rotated(list(steps), number):
             found[name].append(self_times(steps[name], device))
+    return found
+
+
+def fastest_self_times(
+    steps: Mapping[str, Callable[[], object]], device: torch.device, repetitions: int = 5
+) -> dict[str, SelfTimes]:
+    """Return of each step the self times with the least outside products: what a step pays for first touches
+    of memory depends on those before it."""
+    found = rounds_of_self_times(steps, device, repetitions)
     return {name: min(times, key=lambda one: one.rest) for name, times in found.items()}

@@ -1,6 +1,7 @@
 """Our training step beside others', at the same sizes, weights, dtype and recompute policy."""
 
 import gc
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,7 @@ from megawan.benchmark.arms import OURS, Arm, Kind
 from megawan.benchmark.flops import counted_flops
 from megawan.benchmark.memory import peak_bytes, saved_bytes
 from megawan.benchmark.problem import Problem, make_inputs
-from megawan.benchmark.profiling import SelfTimes, fastest_self_times
+from megawan.benchmark.profiling import SelfTimes, fastest_self_times, rounds_of_self_times
 from megawan.benchmark.report import Table
 from megawan.benchmark.timing import Spread, interleaved, paired_ratio
 from megawan.benchmark.traffic import moved_bytes
@@ -158,17 +159,26 @@ def _bytes_outside_blocks(kind: Kind, one: Callable[[Kind], Arm], two: Callable[
 
 
 def _block_times_outside_products(
-    wanted: Sequence[Kind], one: Callable[[Kind], Arm], two: Callable[[Kind], Arm], device: torch.device
+    wanted: Sequence[Kind],
+    one: Callable[[Kind], Arm],
+    two: Callable[[Kind], Arm],
+    device: torch.device,
+    repetitions: int = 9,
 ) -> dict[str, float]:
-    """Return each kind's self seconds outside products that a second block adds to a step of one block."""
+    """Return each kind's self seconds outside products that a second block adds to a step of one block: the
+    median of the differences within a round."""
     steps = dict[str, Callable[[], object]]()
     for blocks, build in enumerate((one, two), start=1):
         for kind in wanted:
             arm = build(kind)
             arm.step()  # compiles
             steps[f"{kind.label}, {blocks}"] = arm.step
-    rest = {name: times.rest for name, times in fastest_self_times(steps, device).items()}
-    return {kind.label: rest[f"{kind.label}, 2"] - rest[f"{kind.label}, 1"] for kind in wanted}
+    times = rounds_of_self_times(steps, device, repetitions)
+    found = dict[str, float]()
+    for kind in wanted:
+        rounds = zip(times[f"{kind.label}, 1"], times[f"{kind.label}, 2"], strict=True)
+        found[kind.label] = statistics.median(second.rest - first.rest for first, second in rounds)
+    return found
 
 
 def _examined(

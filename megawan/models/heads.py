@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megawan.models.precision import operand, times, wide
+from megawan.models.precision import operand, times, token_sums, wide
 from megawan.models.rope import rotate
 
 Rope = tuple[Tensor, Tensor]
@@ -58,7 +58,7 @@ class _NormedHeads(torch.autograd.Function):
         dy = wide(grad)
         g = _scaled_and_turned(dy, r, cos, sin, -1, own=dy is not grad).flatten(-2)
         along = g * tokens
-        grad_weight = along.flatten(0, -2).sum(0)
+        grad_weight = token_sums(along.flatten(0, -2))
         share = (along @ scale).unsqueeze(-1) * (r.square() / -x.shape[-1])
         grad_x = g.mul_(scale).addcmul_(tokens, share)
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None, None, None, None

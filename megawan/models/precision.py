@@ -30,6 +30,24 @@ def times(x: Tensor, factor: Tensor, own: bool) -> Tensor:
     return x.mul_(factor) if own else x * factor
 
 
+SUMMED_AT_ONCE = 16
+"""Tokens whose rows a CPU's nearest cache holds."""
+
+
+def token_sums(x: Tensor) -> Tensor:
+    """Return x [..., L, D] summed over the tokens, [..., D], in x's dtype.
+
+    What torch compiles for a CPU sums a cache line's columns through all rows before it turns to the next.
+    There a few tokens at a time are summed first, so that the rows are read in the order of memory.
+    """
+    length = x.shape[-2]
+    if not (torch.compiler.is_compiling() and x.device.type == "cpu"):
+        return x.sum(-2)
+    few = max(n for n in range(1, SUMMED_AT_ONCE + 1) if length % n == 0)
+    runs = wide(x) if few == 1 else wide(x).reshape(*x.shape[:-2], length // few, few, x.shape[-1]).sum(-2)
+    return runs.sum(-2).to(x.dtype)
+
+
 WIDENED_AT_ONCE = 1 << 20
 """Numbers of a weight: 4 MiB in float32, which a CPU's cache holds."""
 
@@ -86,6 +104,9 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalised x in the weights' dtype; a wider x is reduced only after the norm."""
+        if torch.compiler.is_compiling():
+            row, shift = (wide(p).expand(x.shape[0], 1, -1) for p in (self.weight, self.bias))
+            return _affine_norm(x, row, shift, self.eps, 0, self.weight.dtype)
         y = F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
         return y.to(self.weight.dtype)
 
@@ -112,7 +133,14 @@ def modulated_norm(
     row 1 for the others: TI2V's clean frame and noisy rest). No per-token modulation is ever built, and of
     the tokens only x and two numbers each are kept for the backward pass.
     """
-    return _ModulatedNorm.apply(x, shift, scale, eps, clean, dtype)  # type: ignore[no-any-return,no-untyped-call]
+    return _affine_norm(x, 1 + scale, shift, eps, clean, dtype)
+
+
+def _affine_norm(
+    x: Tensor, weight: Tensor, shift: Tensor, eps: float, clean: int, dtype: torch.dtype
+) -> Tensor:
+    """Return LN(x)·weight + shift, as `modulated_norm` does."""
+    return _AffineNorm.apply(x, weight, shift, eps, clean, dtype)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def gated_add(x: Tensor, y: Tensor, gate: Tensor, clean: int) -> Tensor:
@@ -121,19 +149,18 @@ def gated_add(x: Tensor, y: Tensor, gate: Tensor, clean: int) -> Tensor:
     return _GatedAdd.apply(x, y, gate, clean)  # type: ignore[no-any-return,no-untyped-call]
 
 
-class _ModulatedNorm(torch.autograd.Function):
-    """Where a run of tokens shares a row, this is torch's affine norm with weight 1 + scale and bias shift:
-    one kernel, and one backward that also sums the row's gradients."""
+class _AffineNorm(torch.autograd.Function):
+    """Where a run of tokens shares a row, this is torch's affine norm: one kernel, and one backward that also
+    sums the row's gradients."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, eps: float, clean: int, dtype: torch.dtype
+        ctx: Any, x: Tensor, weight: Tensor, shift: Tensor, eps: float, clean: int, dtype: torch.dtype
     ) -> Tensor:
         ctx.clean = clean
-        weight = 1 + scale
         parts = [
             torch.native_layer_norm(_kernel_input(run, dtype), run.shape[-1:], weight[b, r], shift[b, r], eps)
-            for run, b, r in _runs(x, scale, clean)
+            for run, b, r in _runs(x, weight, clean)
         ]
         ctx.save_for_backward(x, weight, shift, *(number for _, *both in parts for number in both))
         return _joined([y for y, _, _ in parts], x.shape).to(dtype)
@@ -151,18 +178,26 @@ class _ModulatedNorm(torch.autograd.Function):
         )
         for (grad_run, b, r), (run, _, _), mean, rstd in runs:
             tokens = _kernel_input(run, grad.dtype)
-            grad_x, grad_weight[b, r], grad_shift[b, r] = torch.ops.aten.native_layer_norm_backward(
-                grad_run.to(tokens.dtype),
-                tokens,
-                run.shape[-1:],
-                mean,
-                rstd,
-                weight[b, r],
-                shift[b, r],
-                [True, True, True],
+            grad_x, grad_weight[b, r], grad_shift[b, r] = _norm_backward(
+                grad_run.to(tokens.dtype), tokens, mean, rstd, weight[b, r], shift[b, r]
             )
             grads_x.append(grad_x.to(x.dtype))
-        return _joined(grads_x, x.shape), grad_shift, grad_weight, None, None, None
+        return _joined(grads_x, x.shape), grad_weight, grad_shift, None, None, None
+
+
+def _norm_backward(
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, shift: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of x [L, D], weight [D] and shift [D], given that of LN(x)·weight + shift."""
+    if not torch.compiler.is_compiling():
+        operator = torch.ops.aten.native_layer_norm_backward
+        grad_x, grad_weight, grad_shift = operator(
+            grad, x, x.shape[-1:], mean, rstd, weight, shift, [True, True, True]
+        )
+        return grad_x, grad_weight, grad_shift
+    y, g = (x - mean) * rstd, grad * weight
+    grad_x = rstd * (g - g.mean(-1, keepdim=True) - y * (g * y).mean(-1, keepdim=True))
+    return grad_x, token_sums(grad * y), token_sums(grad)
 
 
 def _kernel_input(x: Tensor, other: torch.dtype) -> Tensor:
@@ -218,5 +253,5 @@ def _by_row(f: Callable[..., Tensor], clean: int, row: Tensor, *tokens: Tensor) 
 def _row_sums(x: Tensor, like: Tensor, clean: int) -> Tensor:
     """Return the sums over the tokens of each row, [B, R, D] as `like`."""
     if like.shape[1] == 1:
-        return x.sum(1, keepdim=True)
-    return torch.stack((x[:, :clean].sum(1), x[:, clean:].sum(1)), dim=1)
+        return token_sums(x).unsqueeze(1)
+    return torch.stack((token_sums(x[:, :clean]), token_sums(x[:, clean:])), dim=1)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from megawan.models.precision import token_sums
 from megawan.parallel.context import ContextParallel
 from megawan.parallel.kept import kept_attention
 
@@ -50,6 +51,8 @@ class Keep:
 
     def linear(self, module: nn.Module, x: Tensor, sent: bool = False) -> Tensor:
         """Return module(x), [..., out_features]; sent: only other ranks read its values."""
+        if torch.compiler.is_compiling():
+            return _Linear.apply(x, module.weight, module.bias)  # type: ignore[no-any-return,no-untyped-call]
         return module(x)  # type: ignore[no-any-return]
 
     def self_attention(
@@ -120,6 +123,19 @@ class Slot:
         self.held = tuple(park(x) for x in tensors) if self.offload else tensors
 
 
+class _Linear(torch.autograd.Function):
+    """`F.linear`, for its bias gradient: see `token_sums`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        return _linear_backward(ctx, dy)
+
+
 class _KeptLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, slot: Slot, sent: bool) -> Tensor:
@@ -133,10 +149,15 @@ class _KeptLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
-        x, weight = ctx.saved_tensors
-        rows = dy.reshape(-1, dy.shape[-1])
-        dx = dy @ weight if ctx.needs_input_grad[0] else None
-        return dx, rows.t() @ x.reshape(-1, x.shape[-1]), rows.sum(0), None, None
+        return (*_linear_backward(ctx, dy), None, None)
+
+
+def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Return the gradients of x, weight and bias; ctx has x and weight."""
+    x, weight = ctx.saved_tensors
+    rows = dy.reshape(-1, dy.shape[-1])
+    dx = dy @ weight if ctx.needs_input_grad[0] else None
+    return dx, rows.t() @ x.reshape(-1, x.shape[-1]), token_sums(rows)
 
 
 def park(x: Tensor) -> tuple[Tensor, torch.device]:

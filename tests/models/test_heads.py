@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megawan.models.heads import RMSNorm
-from megawan.models.precision import TanhGELU, gated_add, modulated_norm
+from megawan.models.precision import LayerNorm, TanhGELU, gated_add, modulated_norm, token_sums
 from megawan.models.rope import RopeTables, rotate
 
 HEADS, WIDTH, TOKENS, EPS = 3, 8, 10, 1e-6
@@ -75,6 +75,57 @@ def test_modulation_and_gate_are_the_formulas(rows: int, compiled: bool) -> None
     torch.testing.assert_close(
         gradients(ours, inputs, grad), gradients(wanted, inputs, grad), rtol=1e-11, atol=1e-11
     )
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    ("weights", "tokens", "tolerance"),
+    [
+        (torch.float64, torch.float64, 1e-12),
+        (torch.bfloat16, torch.bfloat16, 2**-6),
+        (torch.bfloat16, torch.float32, 2**-6),
+    ],
+)
+def test_the_affine_norm_is_its_formula(
+    weights: torch.dtype, tokens: torch.dtype, tolerance: float, compiled: bool
+) -> None:
+    """Under half-precision weights beside a residual stream of either width."""
+    dim = 6
+    weight, shift, grad = drawn((dim,), (dim,), (2, TOKENS, dim), dtype=weights)
+    (x,) = drawn((2, TOKENS, dim), dtype=tokens)
+    norm = LayerNorm(dim, EPS)
+
+    def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return torch.func.functional_call(norm, {"weight": weight, "bias": bias}, (x,))
+
+    def wanted(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        return centred / (x.var(-1, keepdim=True, unbiased=False) + EPS).sqrt() * weight + bias
+
+    if compiled:
+        ours = torch.compile(ours, backend="aot_eager", dynamic=False)
+    found = gradients(ours, [x, weight, shift], grad)
+    assert [y.dtype for y in found] == [weights, tokens, weights, weights]
+    exact = gradients(wanted, [y.double() for y in (x, weight, shift)], grad.double())
+    torch.testing.assert_close([y.double() for y in found], exact, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("length", [1, 17, 48])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_tokens_are_summed_in_stages_and_rounded_once(dtype: torch.dtype, length: int) -> None:
+    """Whole numbers, whose sums are exact before that rounding."""
+    x = torch.randint(-250, 250, (2, length, 5), generator=torch.Generator().manual_seed(length)).to(dtype)
+    graphs: list[torch.fx.GraphModule] = []
+
+    def note(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    found = torch.compile(token_sums, backend=note, dynamic=False)(x)
+    assert found.dtype == dtype
+    assert torch.equal(found, x.double().sum(1).to(dtype)) and torch.equal(token_sums(x), found)
+    sums = sum(node.target == "sum" for node in graphs[0].graph.nodes)
+    assert sums == (2 if length == 48 else 1)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -91,6 +91,17 @@ def test_compiled_blocks_agree_under_every_policy() -> None:
             assert (found[name] - wanted).abs().max() <= 1e-5 * wanted.abs().max(), (policy, name)
 
 
+def test_a_compiled_linear_layer_has_torchs_gradients() -> None:
+    layer = nn.Linear(7, 5).double()
+    x, grad = torch.randn(2, 48, 7).double(), torch.randn(2, 48, 5).double()
+    found = []
+    for linear in (Keep().linear, torch.compile(Keep().linear, backend="aot_eager", dynamic=False)):
+        tokens = x.clone().requires_grad_()
+        y = linear(layer, tokens)
+        found.append((y.detach(), *torch.autograd.grad(y, (tokens, layer.weight, layer.bias), grad)))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-12)
+
+
 def test_a_second_backward_pass_recomputes_again() -> None:
     for policy in ("full", "attention", "selective"):
         model = random_model(replace(TINY, num_layers=2), seed=1, recompute=policy)
