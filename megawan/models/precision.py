@@ -72,13 +72,12 @@ class _WideLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         x, weight = ctx.saved_tensors
         tokens, grads = wide(x).reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-        # The sinusoids of the time need no gradient.
-        grad_x = torch.zeros_like(tokens) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.empty_like(weight)
+        grad_weight, grad_x = torch.empty_like(weight), None
         for rows in _row_slices(weight):
             grad_weight[rows] = grads[:, rows].t() @ tokens
-            if grad_x is not None:
-                grad_x += grads[:, rows] @ wide(weight[rows])
+            if ctx.needs_input_grad[0]:  # the sinusoids of the time need none
+                part = grads[:, rows] @ wide(weight[rows])
+                grad_x = part if grad_x is None else grad_x.add_(part)
         back = None if grad_x is None else grad_x.view_as(x).to(x.dtype)
         return back, grad_weight, grads.sum(0).to(ctx.bias_dtype)
 
