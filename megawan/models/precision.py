@@ -99,7 +99,10 @@ class WideLinear(nn.Linear):
 
 
 class LayerNorm(nn.LayerNorm):
-    """Affine layer norm over the last axis; torch's kernel computes in float32 inside."""
+    """Affine layer norm over the last axis; torch's kernel computes in float32 inside.
+
+    Compiled, it takes x [B, l, D] only.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalised x in the weights' dtype; a wider x is reduced only after the norm."""
