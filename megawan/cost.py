@@ -11,6 +11,10 @@ from dataclasses import dataclass, replace
 
 CLIP_DIM = 1280  # width of the CLIP image tower of the I2V checkpoints
 ADAM_MOMENTS = 2
+GATE_BY_WEIGHT_TOKENS = 1024
+"""From this many tokens of a video the gate of a feed-forward takes its gradient from the gradient of the
+weight before it: its last product is neither kept nor multiplied again. Three passes over that weight are
+cheaper than the product of as many tokens."""
 
 
 @dataclass(frozen=True)
@@ -147,10 +151,13 @@ def recompute_flops(shape: ModelShape, tokens: int, policy: str, layers: int | N
         "attention": block.linear + block.cross_attention,
         "full": block.total,
     }[_policy(policy)]
-    blocks = _blocks(shape, layers)
+    blocks, main = _blocks(shape, layers), shape.num_layers if layers is None else layers
+    if not repeated or not blocks:
+        return 0
     # The first control block's projection in is repeated; no block's projection out, its last product.
-    control = 2 * tokens * shape.dim**2 if shape.vace_layers and blocks and repeated else 0
-    return blocks * repeated + control
+    control = 2 * tokens * shape.dim**2 if shape.vace_layers else 0
+    ended = main * 2 * tokens * shape.dim * shape.ffn_dim if tokens >= GATE_BY_WEIGHT_TOKENS else 0
+    return blocks * repeated + control - ended
 
 
 # ----------------------------------------------------------------------------------------------------- memory
@@ -221,23 +228,26 @@ def activation_bytes(
     """Return the bytes that blocks keep for backward, for one video on one rank of `cp_size`.
 
     layers: how many blocks, from the first (all without it). In hidden vectors a token: full 1; attention 2;
-    selective 10 + f/d; none 17 + 2f/d; each log-sum-exp (one in attention, two in the last two) adds 4 bytes
-    a head. With Ulysses, none also keeps the output in both layouts (1) and selective q and k as they were
-    sent and received, v as received (2 more). Text, which every rank has whole, and an image branch add
-    their keys and values. What lives only inside one block at a time is `block_working_bytes`.
+    selective 10 + f/d; none 17 + 2f/d, of the last two one less from `GATE_BY_WEIGHT_TOKENS`; each
+    log-sum-exp (one in attention, two in the last two) adds 4 bytes a head, and in none the norms 36 bytes.
+    With Ulysses, none also keeps the output in both layouts (1) and selective q and k as they were sent and
+    received, v as received (2 more).
+    Text, which every rank has whole, and an image branch add their keys and values. What lives only inside
+    one block at a time is `block_working_bytes`.
     """
     d, f, sent = shape.dim, shape.ffn_dim, ulysses_degree > 1
-    image = shape.image_branch
+    image, by_weight = shape.image_branch, tokens >= GATE_BY_WEIGHT_TOKENS
     vectors = {
         "full": d,
         "attention": 2 * d,
-        "selective": (10 + 2 * sent + image) * d + f,
-        "none": (17 + sent + 2 * image) * d + 2 * f,
+        "selective": (10 - by_weight + 2 * sent + image) * d + f,
+        "none": (17 - 2 * by_weight + sent + 2 * image) * d + 2 * f,
     }[_policy(policy)]
     logsumexps = {"full": 0, "attention": 1, "selective": 2 + image, "none": 2 + image}[policy]
+    norms = {"full": 0, "attention": 0, "selective": 0, "none": 9}[policy]  # 3 means, 6 scales
     context = shape.text_len + (shape.image_tokens if image else 0)
     keys = {"full": 0, "attention": 0, "selective": 2, "none": 3}[policy] * context * d
-    token = vectors * bytes_per_element + 4 * shape.num_heads * logsumexps
+    token = vectors * bytes_per_element + 4 * (shape.num_heads * logsumexps + norms)
     return _blocks(shape, layers) * (local_tokens(tokens, cp_size) * token + keys * bytes_per_element)
 
 

@@ -106,7 +106,9 @@ def test_step_flops(
     assert attention / flops == pytest.approx(attention_share, abs=5e-4)
     assert flops / 1e15 == pytest.approx(forward, abs=5.1e-4)
     assert step / 1e15 == pytest.approx(train, abs=5.1e-3)
-    assert (step + cost.recompute_flops(shape, tokens, "full")) / 1e15 == pytest.approx(full, abs=5.1e-3)
+    ended = 2 * tokens * shape.dim * shape.ffn_dim * shape.num_layers  # the last products, not repeated
+    repeated = cost.recompute_flops(shape, tokens, "full") + ended
+    assert (step + repeated) / 1e15 == pytest.approx(full, abs=5.1e-3)
     assert (step + shape.num_layers * block.linear) / 1e15 == pytest.approx(linear_only, abs=5.1e-3)
 
 
@@ -146,10 +148,10 @@ def test_image_tokens_add_keys_and_values_but_no_queries() -> None:
 @pytest.mark.parametrize(
     ("shape", "tokens", "none", "selective", "attention", "full"),
     [
-        (T2V_1_3B, 32_760, 86.6, 47.9, 6.1, 3.0),
-        (TI2V_5B, 27_280, 132.6, 73.9, 10.1, 5.0),
-        (T2V_14B, 32_760, 301.0, 170.8, 27.0, 13.4),
-        (T2V_14B, 75_600, 694.6, 394.2, 62.4, 31.0),
+        (T2V_1_3B, 32_760, 80.6, 44.9, 6.1, 3.0),
+        (TI2V_5B, 27_280, 122.5, 68.9, 10.1, 5.0),
+        (T2V_14B, 32_760, 274.2, 157.4, 27.0, 13.4),
+        (T2V_14B, 75_600, 632.8, 363.3, 62.4, 31.0),
     ],
 )
 def test_activation_gigabytes(
@@ -158,6 +160,17 @@ def test_activation_gigabytes(
     video = replace(shape, text_len=0)
     kept = [cost.activation_bytes(video, tokens, policy) / 1e9 for policy in cost.POLICIES]
     assert kept == pytest.approx([none, selective, attention, full], abs=0.051)
+
+
+def test_a_short_video_keeps_the_gated_products() -> None:
+    """And multiplies the last one again."""
+    shape, few = replace(T2V_14B, text_len=0, num_layers=1), cost.GATE_BY_WEIGHT_TOKENS - 1
+    for policy, vectors in (("none", 2), ("selective", 1), ("attention", 0), ("full", 0)):
+        token = cost.activation_bytes(shape, few, policy) // few
+        assert token - cost.activation_bytes(shape, few + 1, policy) // (few + 1) == vectors * 2 * shape.dim
+    repeated = [cost.recompute_flops(shape, tokens, "full") / tokens for tokens in (few, few + 1)]
+    again, attention = 2 * shape.dim * shape.ffn_dim, 4 * shape.dim  # a token's, the latter for each token
+    assert repeated[0] - repeated[1] == pytest.approx(again - attention)
 
 
 def test_activations_divide_by_the_context_parallel_size() -> None:

@@ -11,8 +11,9 @@ from megawan.benchmark.timing import Spread, interleaved, paired_ratio
 from megawan.benchmark.traffic import moved_bytes
 from megawan.hardware import peak_flops
 from megawan.models.attention import BACKENDS, select_attention
+from megawan.models.gates import gated_add
 from megawan.models.heads import RMSNorm
-from megawan.models.precision import TanhGELU, gated_add, modulated_norm
+from megawan.models.precision import TanhGELU, modulated_norm
 from megawan.models.rope import RopeTables
 
 EPS = 1e-6

@@ -34,18 +34,20 @@ SUMMED_AT_ONCE = 16
 """Tokens whose rows a CPU's nearest cache holds."""
 
 
-def token_sums(x: Tensor) -> Tensor:
-    """Return x [..., L, D] summed over the tokens, [..., D], in x's dtype.
+def token_sums(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return x [..., L, D] summed over the tokens, [..., D], in `dtype` (None: x's).
 
     What torch compiles for a CPU sums a cache line's columns through all rows before it turns to the next.
     There a few tokens at a time are summed first, so that the rows are read in the order of memory.
     """
     length = x.shape[-2]
     if not (torch.compiler.is_compiling() and x.device.type == "cpu"):
-        return x.sum(-2)
+        return x.sum(-2, dtype=dtype)
     few = max(n for n in range(1, SUMMED_AT_ONCE + 1) if length % n == 0)
-    runs = wide(x) if few == 1 else wide(x).reshape(*x.shape[:-2], length // few, few, x.shape[-1]).sum(-2)
-    return runs.sum(-2).to(x.dtype)
+    tokens = wide(x)
+    if few > 1:
+        tokens = tokens.reshape(*x.shape[:-2], length // few, few, x.shape[-1]).sum(-2)
+    return tokens.sum(-2).to(dtype or x.dtype)
 
 
 WIDENED_AT_ONCE = 1 << 20
@@ -64,16 +66,14 @@ class _WideLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.bias_dtype = bias.dtype
         x, bias = wide(x), wide(bias)
-        return torch.cat(
-            [F.linear(x, wide(weight[rows]), bias[rows]) for rows in _row_slices(weight)], dim=-1
-        )
+        return torch.cat([F.linear(x, wide(weight[rows]), bias[rows]) for rows in row_slices(weight)], dim=-1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         x, weight = ctx.saved_tensors
         tokens, grads = wide(x).reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
         grad_weight, grad_x = torch.empty_like(weight), None
-        for rows in _row_slices(weight):
+        for rows in row_slices(weight):
             grad_weight[rows] = grads[:, rows].t() @ tokens
             if ctx.needs_input_grad[0]:  # the sinusoids of the time need none
                 part = grads[:, rows] @ wide(weight[rows])
@@ -82,7 +82,7 @@ class _WideLinear(torch.autograd.Function):
         return back, grad_weight, grads.sum(0).to(ctx.bias_dtype)
 
 
-def _row_slices(weight: Tensor) -> list[slice]:
+def row_slices(weight: Tensor) -> list[slice]:
     """Return the rows of a weight [out, in] in runs of about WIDENED_AT_ONCE numbers."""
     rows = max(1, WIDENED_AT_ONCE // weight.shape[1])
     return [slice(start, start + rows) for start in range(0, weight.shape[0], rows)]
@@ -145,12 +145,6 @@ def _affine_norm(
     return _AffineNorm.apply(x, weight, shift, eps, clean, dtype)  # type: ignore[no-any-return,no-untyped-call]
 
 
-def gated_add(x: Tensor, y: Tensor, gate: Tensor, clean: int) -> Tensor:
-    """Return x + y·gate, summed in float32 and rounded once to x's dtype; gate [B, R, D] as in
-    `modulated_norm`. Keeps y for the backward pass."""
-    return _GatedAdd.apply(x, y, gate, clean)  # type: ignore[no-any-return,no-untyped-call]
-
-
 class _AffineNorm(torch.autograd.Function):
     """Where a run of tokens shares a row, this is torch's affine norm: one kernel, and one backward that also
     sums the row's gradients."""
@@ -162,7 +156,7 @@ class _AffineNorm(torch.autograd.Function):
         ctx.clean = clean
         parts = [
             torch.native_layer_norm(_kernel_input(run, dtype), run.shape[-1:], weight[b, r], shift[b, r], eps)
-            for run, b, r in _runs(x, weight, clean)
+            for run, b, r in runs(x, weight, clean)
         ]
         ctx.save_for_backward(x, weight, shift, *(number for _, *both in parts for number in both))
         return _joined([y for y, _, _ in parts], x.shape).to(dtype)
@@ -171,14 +165,14 @@ class _AffineNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         x, weight, shift, *numbers = ctx.saved_tensors
         grads_x, grad_weight, grad_shift = [], torch.zeros_like(weight), torch.zeros_like(shift)
-        runs = zip(
-            _runs(grad, weight, ctx.clean),
-            _runs(x, weight, ctx.clean),
+        parts = zip(
+            runs(grad, weight, ctx.clean),
+            runs(x, weight, ctx.clean),
             numbers[::2],
             numbers[1::2],
             strict=True,
         )
-        for (grad_run, b, r), (run, _, _), mean, rstd in runs:
+        for (grad_run, b, r), (run, _, _), mean, rstd in parts:
             tokens = _kernel_input(run, grad.dtype)
             grad_x, grad_weight[b, r], grad_shift[b, r] = _norm_backward(
                 grad_run.to(tokens.dtype), tokens, mean, rstd, weight[b, r], shift[b, r]
@@ -210,40 +204,19 @@ def _kernel_input(x: Tensor, other: torch.dtype) -> Tensor:
     return x if mixed else wide(x)
 
 
-class _GatedAdd(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, gate: Tensor, clean: int) -> Tensor:
-        ctx.clean = clean
-        ctx.save_for_backward(y, gate)
-        total = operand(x)
-        # gate is wide, and so is the sum; a widened copy takes it, as first touches of memory cost most here.
-        if total is x:
-            return _by_row(torch.addcmul, clean, gate, x, y).to(x.dtype)
-        return _by_row(Tensor.addcmul_, clean, gate, total, operand(y)).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        y, gate = ctx.saved_tensors
-        tokens, product = wide(grad), operand(y)
-        grad_gate = _row_sums(times(product, tokens, own=product is not y), gate, ctx.clean)
-        scaled = torch.mul if tokens is grad else Tensor.mul_
-        grad_y = _by_row(scaled, ctx.clean, gate, tokens).to(y.dtype)
-        return grad, grad_y, grad_gate, None
-
-
-def _runs(x: Tensor, rows: Tensor, clean: int) -> list[tuple[Tensor, int, int]]:
+def runs(x: Tensor, rows: Tensor, clean: int) -> list[tuple[Tensor, int, int]]:
     """Return (tokens [l', D], b, r) for the runs of x [B, l, D] whose tokens meet row r of sample b."""
     if rows.shape[1] == 1:
         return [(sample, b, 0) for b, sample in enumerate(x.unbind())]
     return [(part, b, r) for b, s in enumerate(x.unbind()) for r, part in enumerate((s[:clean], s[clean:]))]
 
 
-def _joined(runs: list[Tensor], shape: torch.Size) -> Tensor:
-    """Return what `_runs` took apart, [B, l, D]."""
-    return (runs[0] if len(runs) == 1 else torch.cat(runs)).view(shape)
+def _joined(parts: list[Tensor], shape: torch.Size) -> Tensor:
+    """Return what `runs` took apart, [B, l, D]."""
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(shape)
 
 
-def _by_row(f: Callable[..., Tensor], clean: int, row: Tensor, *tokens: Tensor) -> Tensor:
+def by_row(f: Callable[..., Tensor], clean: int, row: Tensor, *tokens: Tensor) -> Tensor:
     """Return f(*tokens, row) where every token meets its row: the first `clean` row 0, the others row 1."""
     if row.shape[1] == 1:
         return f(*tokens, row)
@@ -252,8 +225,8 @@ def _by_row(f: Callable[..., Tensor], clean: int, row: Tensor, *tokens: Tensor) 
     return torch.cat((head, rest), dim=1)
 
 
-def _row_sums(x: Tensor, like: Tensor, clean: int) -> Tensor:
-    """Return the sums over the tokens of each row, [B, R, D] as `like`."""
+def row_sums(x: Tensor, like: Tensor, clean: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Return the sums over the tokens of each row, [B, R, D] as `like`, as `token_sums` does."""
     if like.shape[1] == 1:
-        return token_sums(x).unsqueeze(1)
-    return torch.stack((token_sums(x[:, :clean]), token_sums(x[:, clean:])), dim=1)
+        return token_sums(x, dtype).unsqueeze(1)
+    return torch.stack((token_sums(x[:, :clean], dtype), token_sums(x[:, clean:], dtype)), dim=1)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from megawan.models.gates import GATE_CODE, GateCode, gated_add, gated_linear
 from megawan.models.precision import token_sums
 from megawan.parallel.context import ContextParallel
 from megawan.parallel.kept import kept_attention
@@ -41,10 +42,15 @@ class Keep:
         self.offload = offload
         self.slots: list[Slot] = []
         self.used = 0
+        self.entered = False
+        self.again = False
 
     def __enter__(self) -> None:
-        """Begin a forward pass: the first fills the slots in order, each later one reads them so."""
+        """Begin a forward pass: the first fills the slots in order, each later one, which recomputes, reads
+        them so."""
         self.used = 0
+        self.again = self.entered
+        self.entered = True
 
     def __exit__(self, *error: object) -> None:
         """End it."""
@@ -54,6 +60,33 @@ class Keep:
         if torch.compiler.is_compiling():
             return _Linear.apply(x, module.weight, module.bias)  # type: ignore[no-any-return,no-untyped-call]
         return module(x)  # type: ignore[no-any-return]
+
+    def gated_linear(
+        self,
+        module: nn.Linear,
+        h: Tensor,
+        x: Tensor,
+        gate: Tensor,
+        clean: int,
+        *,
+        by_weight: bool,
+        last: bool = False,
+        code: GateCode = GATE_CODE,
+    ) -> Tensor:
+        """Return x + gate·module(h), [B, l, D].
+
+        by_weight: see `cost.GATE_BY_WEIGHT_TOKENS`. last: nothing in the block reads the result, so that no
+        recomputation needs it; not inside a compiled graph, whose kept tensors would change with it.
+        """
+        if not by_weight:
+            return gated_add(x, self.linear(module, h), gate, clean)
+        product, needed = (None, not self.again) if last else (self.product(module, h), True)
+        inputs = x, h, module.weight, module.bias, gate, clean
+        return gated_linear(*inputs, product=product, needed=needed, code=code)
+
+    def product(self, module: nn.Linear, h: Tensor) -> Tensor | None:
+        """Return module(h), without a gradient, if the policy keeps it."""
+        return None
 
     def self_attention(
         self, q: Tensor, k: Tensor, v: Tensor, kernel: Attention, context: ContextParallel, length: int
@@ -97,6 +130,17 @@ class KeepProducts(KeepAttention):
     def linear(self, module: nn.Module, x: Tensor, sent: bool = False) -> Tensor:
         """Return module(x), multiplied once; in a recomputation what was sent is a placeholder."""
         return _KeptLinear.apply(x, module.weight, module.bias, self.slot(), sent)  # type: ignore[no-any-return,no-untyped-call]
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def product(self, module: nn.Linear, h: Tensor) -> Tensor:
+        """Return module(h), multiplied once, without a gradient."""
+        slot = self.slot()
+        if (found := slot.read()) is not None:
+            return found[0]
+        with torch.no_grad():
+            y = F.linear(h, module.weight, module.bias)
+        slot.write(y)
+        return y
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def cross_attention(self, q: Tensor, k: Tensor, v: Tensor, kernel: Attention) -> Tensor:

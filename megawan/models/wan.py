@@ -19,9 +19,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from megawan import cost
 from megawan.models.attention import select_attention
+from megawan.models.gates import GATE_CODE
 from megawan.models.heads import RMSNorm
-from megawan.models.precision import LayerNorm, TanhGELU, WideLinear, gated_add, modulated_norm, wide
+from megawan.models.precision import LayerNorm, TanhGELU, WideLinear, modulated_norm, wide
 from megawan.models.recompute import Keep, parse_recompute
 from megawan.models.rope import RopeTables
 from megawan.models.variants import WanConfig
@@ -78,6 +80,11 @@ class TokenLayout:
     rope: tuple[Tensor, Tensor]
     context: ContextParallel
     kernel: Attention
+
+    @property
+    def gate_by_weight(self) -> bool:
+        """Whether the feed-forward's gate takes its gradient from the weight's."""
+        return self.length >= cost.GATE_BY_WEIGHT_TOKENS
 
     @property
     def sent(self) -> bool:
@@ -185,8 +192,12 @@ class CrossAttention(nn.Module):
 class WanBlock(nn.Module):
     """Self-attention, cross-attention, feed-forward; the time shifts, scales and gates the first and last.
 
-    compiled: torch.compile the two halves around the self-attention, whose communication stays outside.
+    compiled: torch.compile the two halves around the self-attention, whose communication stays outside, and
+    the last gate.
     """
+
+    output_is_read = False
+    """Whether something in the module reads what `forward` returns here, so that a recomputation needs it."""
 
     def __init__(self, config: WanConfig, compiled: bool = False) -> None:
         super().__init__()
@@ -203,11 +214,12 @@ class WanBlock(nn.Module):
         )
         self.modulation = nn.Parameter(torch.empty(1, 6, config.dim))
         # DeepSpeed's hooks sit on the module's call, outside both halves.
-        self._first, self._second = self.before_attention, self.after_attention
+        self._first, self._second, self._gate = self.before_attention, self.after_attention, GATE_CODE
         if compiled:
             # A graph for each length: one for all could replace it between forward pass and recomputation.
             self._first = torch.compile(self._first, dynamic=False)
             self._second = torch.compile(self._second, dynamic=False)
+            self._gate = GATE_CODE.compiled()
 
     def forward(
         self, x: Tensor, text: Tensor, image: Tensor | None, e0: Tensor, tokens: TokenLayout, keep: Keep
@@ -215,7 +227,12 @@ class WanBlock(nn.Module):
         """Return [B, l, D] from x [B, l, D]; e0 [B, R, 6, D] is the projected time."""
         q, k, v = self._first(x, text.dtype, e0, tokens.clean, tokens.rope, tokens.sent, keep)
         out = keep.self_attention(q, k, v, tokens.kernel, tokens.context, tokens.length)
-        return self._second(x, out, text, image, e0, tokens.clean, tokens.kernel, keep)
+        clean, by_weight = tokens.clean, tokens.gate_by_weight
+        x, h, gate = self._second(x, out, text, image, e0, clean, by_weight, tokens.kernel, keep)
+        narrow = self.ffn[2]
+        assert isinstance(narrow, nn.Linear)
+        last, code = not self.output_is_read, self._gate
+        return keep.gated_linear(narrow, h, x, gate, clean, by_weight=by_weight, last=last, code=code)
 
     def before_attention(
         self,
@@ -240,21 +257,24 @@ class WanBlock(nn.Module):
         image: Tensor | None,
         e0: Tensor,
         clean: int,
+        by_weight: bool,
         kernel: Attention,
         keep: Keep,
-    ) -> Tensor:
-        """Return the block's output from its input x [B, l, D] and self-attention's out [B, l, N, K]."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the residual x [B, l, D], the feed-forward's activation h [B, l, F] and its gate [B, R, D],
+        from the block's input x [B, l, D] and self-attention's out [B, l, N, K]."""
         gate1, shift2, scale2, gate2 = (wide(self.modulation) + e0)[:, :, 2:].unbind(2)
-        x = gated_add(x, keep.linear(self.self_attn.o, out.flatten(2)), gate1, clean)
+        x = keep.gated_linear(self.self_attn.o, out.flatten(2), x, gate1, clean, by_weight=by_weight)
         x = x + self.cross_attn(self.norm3(x), text, image, kernel, keep)
         y = modulated_norm(x, shift2, scale2, self.eps, clean, text.dtype)
-        widen, activation, narrow = self.ffn
-        y = keep.linear(narrow, activation(keep.linear(widen, y)))
-        return gated_add(x, y, gate2, clean)
+        widen, activation, _ = self.ffn
+        return x, activation(keep.linear(widen, y)), gate2
 
 
 class VaceBlock(WanBlock):
     """A block of VACE's side branch; its hint is added to the main stream."""
+
+    output_is_read = True
 
     def __init__(self, config: WanConfig, first: bool, compiled: bool = False) -> None:
         super().__init__(config, compiled)

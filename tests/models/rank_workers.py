@@ -19,8 +19,8 @@ KINDS = {
     "ti2v": replace(BASE, model_type="ti2v", in_dim=48, out_dim=48),
     "vace": replace(BASE, model_type="vace", vace_layers=(0, 1), vace_in_dim=8),
 }
-# 45 tokens, and 3: fewer than ranks; with what the backward pass recomputes.
-LATENTS = {(3, 6, 10): "full", (1, 2, 6): "none"}
+# 45 tokens, 3: fewer than ranks, and 1,024: gates by weight; with what the backward pass recomputes.
+LATENTS = {(3, 6, 10): "full", (1, 2, 6): "none", (4, 32, 32): "attention"}
 
 
 def double_inputs(config: WanConfig, latent: tuple[int, int, int]) -> Inputs:

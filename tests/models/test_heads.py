@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from megawan.models.gates import gated_add
 from megawan.models.heads import RMSNorm
-from megawan.models.precision import LayerNorm, TanhGELU, gated_add, modulated_norm, token_sums
+from megawan.models.precision import LayerNorm, TanhGELU, modulated_norm, token_sums
 from megawan.models.rope import RopeTables, rotate
 
 HEADS, WIDTH, TOKENS, EPS = 3, 8, 10, 1e-6

@@ -11,8 +11,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from megawan.models.gates import gated_add
 from megawan.models.initial import InitialWeights, initial_tensor, initialise_
-from megawan.models.precision import WIDENED_AT_ONCE, WideLinear, gated_add, modulated_norm
+from megawan.models.precision import WIDENED_AT_ONCE, WideLinear, modulated_norm
 from megawan.models.variants import VARIANTS, WanConfig, get_variant
 from megawan.models.wan import (
     WanModel,
