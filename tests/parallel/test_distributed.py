@@ -60,11 +60,11 @@ def test_the_rank_that_failed_first_is_shown_first(tmp_path: Path, how: str, say
 
 def test_a_group_that_hangs_is_stopped_and_shows_where(tmp_path: Path) -> None:
     start = time.monotonic()
-    with pytest.raises(DistributedError, match=r"ranks \[0, 1\] still ran after 2 s") as caught:
+    with pytest.raises(DistributedError, match=r"ranks \[0, 1\] still ran after 10 s") as caught:
         run_distributed(
-            f"{ILL}:fail", 2, arguments={"folder": str(tmp_path), "rank": 5, "how": "hang"}, timeout=2
+            f"{ILL}:fail", 2, arguments={"folder": str(tmp_path), "rank": 5, "how": "hang"}, timeout=10
         )
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 18
     assert 'ill_workers.py", line' in str(caught.value) and " in fail" in str(caught.value)
     assert len(pids(tmp_path)) == 4
     assert_gone(pids(tmp_path))
