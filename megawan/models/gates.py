@@ -155,12 +155,16 @@ def _gated(tokens: Tensor, gate: Tensor, clean: int, own: bool) -> Tensor:
 
 def _scaled_and_dots(product: Tensor, weight: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
     """Return product [D, F] with its rows times `row` [D], perhaps in its memory, and the dot products [D] of
-    its rows with the weight's, in float32."""
+    its rows with the weight's, summed in float32.
+
+    Uncompiled half-precision terms are rounded on a GPU, as `product` is: widened copies of weights would
+    take twice the memory traffic.
+    """
     if torch.compiler.is_compiling():
         return (product * row.unsqueeze(1)).to(product.dtype), (wide(product) * weight).sum(-1)
     dots = torch.empty_like(row)
     for rows in row_slices(weight):  # which a CPU's cache holds between the two
         part = product[rows]
-        dots[rows] = (wide(part) * weight[rows]).sum(-1)
+        dots[rows] = (operand(part) * weight[rows]).sum(-1, dtype=row.dtype)
         part.mul_(row[rows].unsqueeze(1))
     return product, dots

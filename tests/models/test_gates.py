@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from megawan.models.gates import gated_add, gated_linear
+from megawan.models.precision import WIDENED_AT_ONCE, row_slices
 
 TOKENS, IN, OUT, CLEAN = 20, 9, 6, 4
 
@@ -57,6 +58,14 @@ def test_a_weight_of_many_slices_gives_the_same(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("megawan.models.precision.WIDENED_AT_ONCE", 4 * IN)
     sliced = gradients(lambda *inputs: gated_linear(*inputs, 0), drawn(1))
     torch.testing.assert_close(sliced, whole, rtol=1e-13, atol=1e-13)
+
+
+def test_a_gpu_gets_fewer_and_longer_slices() -> None:
+    """A launch takes as long as many numbers."""
+    shape, rows = (5120, 13824), WIDENED_AT_ONCE // 13824
+    assert [part.stop for part in row_slices(torch.empty(shape, device="meta"))][:2] == [1213, 2426]
+    cached = row_slices(torch.empty(shape, dtype=torch.int8))
+    assert cached[0] == slice(0, rows) and cached[-1].stop >= 5120 and len(cached) == -(-5120 // rows)
 
 
 @pytest.mark.parametrize("residual", [torch.bfloat16, torch.float32])
