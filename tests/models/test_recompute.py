@@ -80,13 +80,18 @@ def gradients(
     return {"": out.detach(), **{name: gradient for name, gradient in found.items() if gradient is not None}}
 
 
-@pytest.mark.parametrize("latent", [(3, 6, 10), LONG])
+@pytest.mark.parametrize(
+    ("latent", "policies", "offloads"),
+    [((3, 6, 10), EVERY[1:], (False, True)), (LONG, ("selective", "attention", MIXED), (False,))],
+)
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_policy_changes_a_bit(kind: str, latent: tuple[int, int, int]) -> None:
+def test_no_policy_changes_a_bit(
+    kind: str, latent: tuple[int, int, int], policies: tuple[str, ...], offloads: tuple[bool, ...]
+) -> None:
     config = replace(KINDS[kind], num_layers=4)
     reference = gradients(config, "none", latent=latent)
-    for policy in EVERY[1:]:
-        for offload in (False, True):
+    for policy in policies:
+        for offload in offloads:
             found = gradients(config, policy, offload=offload, latent=latent)
             assert not [name for name in reference if not torch.equal(found[name], reference[name])], policy
 
@@ -104,14 +109,11 @@ def test_the_gates_of_a_long_video_take_the_same_gradients() -> None:
         assert (found[name] - wanted).abs().max() <= 1e-5 * wanted.abs().max(), name
 
 
-@pytest.mark.parametrize(("latent", "policies"), [((3, 6, 10), recompute.POLICIES), (LONG, ("attention",))])
-def test_compiled_blocks_agree_under_every_policy(
-    latent: tuple[int, int, int], policies: tuple[str, ...]
-) -> None:
+def test_compiled_blocks_agree_under_every_policy() -> None:
     config = replace(KINDS["ti2v"], num_layers=1)
-    reference = gradients(config, "none", latent=latent)
-    for policy in policies:
-        found = gradients(config, policy, compiled=True, latent=latent)
+    reference = gradients(config, "none")
+    for policy in recompute.POLICIES:
+        found = gradients(config, policy, compiled=True)
         for name, wanted in reference.items():
             assert (found[name] - wanted).abs().max() <= 1e-5 * wanted.abs().max(), (policy, name)
 
@@ -313,8 +315,13 @@ def count_flops(config: WanConfig, policy: str, inputs: Inputs) -> tuple[int, in
     return forward.get_total_flops(), backward.get_total_flops()
 
 
-@pytest.mark.parametrize(("latent", "tokens"), [((3, 8, 6), 36), (LONG, 1024)])
-@pytest.mark.parametrize("name", ["debug", "debug-i2v", "debug-vace"])
+@pytest.mark.parametrize(
+    ("name", "latent", "tokens"),
+    [
+        *((name, (3, 8, 6), 36) for name in ("debug", "debug-i2v", "debug-vace")),
+        *((name, LONG, 1024) for name in ("debug", "debug-vace")),
+    ],
+)
 def test_flops_of_every_policy(name: str, latent: tuple[int, int, int], tokens: int) -> None:
     config = get_variant(name).config
     inputs = random_inputs(config, batch=1, latent=latent, seed=1)
@@ -384,6 +391,17 @@ SHARDED = {
 }
 
 
+LONG_VIDEO = ["--data.num_frames", "13", "--data.height", "256", "--data.width", "256"]  # 1,024 tokens
+LONG_SHARDED = {
+    name: ["--parallel.ulysses_degree", "2", *LONG_VIDEO, *more]
+    for name, more in {
+        "long, none": (),
+        "long, selective": ("--model.recompute", "selective"),
+        "long, attention, compiled": ("--model.recompute", "attention", "--model.compile"),
+    }.items()
+}
+
+
 def crowded(stage: int, folder: Path) -> list[str]:
     """Return flags under which the time projection outgrows the bucket of gradients, as that of 14B does."""
     settings = json.loads((ROOT / f"ds_configs/zero{stage}.json").read_text("utf-8"))
@@ -393,42 +411,25 @@ def crowded(stage: int, folder: Path) -> list[str]:
 
 
 def test_zero_trains_alike_under_every_policy_compiled_or_not(tmp_path: Path) -> None:
-    cases = {**SHARDED, **{f"small bucket, stage {stage}": crowded(stage, tmp_path) for stage in (1, 2, 3)}}
+    """Those of a long video too, whose gates read the weights of layers that DeepSpeed gathers."""
+    cases = {
+        **SHARDED,
+        **LONG_SHARDED,
+        **{f"small bucket, stage {stage}": crowded(stage, tmp_path) for stage in (1, 2, 3)},
+    }
     ranks = run_distributed(
         "tests.models.recompute_workers:sharded", 2, arguments={"cases": cases}, timeout=290
     )
     for rank in ranks:
-        losses, norms = rank["none "]
-        assert len(rank) == len(cases) and losses[0] != losses[1] and min(norms) > 0
+        assert len(rank) == len(cases)
         for name, found in rank.items():
+            losses, norms = rank["long, none" if name in LONG_SHARDED else "none "]
+            assert losses[0] != losses[1] and min(norms) > 0
             assert found[0] == pytest.approx(losses, rel=1e-5), name
             assert found[1] == pytest.approx(norms, rel=1e-5), name
 
 
 # --- errors ---
-
-
-LONG_VIDEO = ["--data.num_frames", "13", "--data.height", "256", "--data.width", "256"]  # 1,024 tokens
-LONG_SHARDED = {
-    name: ["--parallel.ulysses_degree", "2", *LONG_VIDEO, *more]
-    for name, more in {
-        "none": (),
-        "selective": ("--model.recompute", "selective"),
-        "attention, compiled": ("--model.recompute", "attention", "--model.compile"),
-    }.items()
-}
-
-
-def test_zero_trains_a_long_video_alike_under_every_policy() -> None:
-    """Its gates read the weights of layers that DeepSpeed gathers."""
-    for rank in run_distributed(
-        "tests.models.recompute_workers:sharded", 2, arguments={"cases": LONG_SHARDED}, timeout=200
-    ):
-        losses, norms = rank["none"]
-        assert len(rank) == len(LONG_SHARDED) and losses[0] != losses[1] and min(norms) > 0
-        for name, found in rank.items():
-            assert found[0] == pytest.approx(losses, rel=1e-5), name
-            assert found[1] == pytest.approx(norms, rel=1e-5), name
 
 
 def test_the_stand_in_has_the_wanted_row_sums() -> None:
