@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 CLIP_DIM = 1280  # width of the CLIP image tower of the I2V checkpoints
 ADAM_MOMENTS = 2
 GATE_BY_WEIGHT_TOKENS = 1024
-"""From this many tokens of a video the gate of a feed-forward takes its gradient from the gradient of the
-weight before it: its last product is neither kept nor multiplied again. Three passes over that weight are
-cheaper than the product of as many tokens."""
+"""From this many tokens of a video a block's two gates take their gradient from the gradient of the weight
+before them: `none` keeps neither product, `selective` not the last, and no recomputation multiplies the last
+again. Three passes over that weight are cheaper than the product of as many tokens."""
 
 
 @dataclass(frozen=True)
@@ -228,12 +228,11 @@ def activation_bytes(
     """Return the bytes that blocks keep for backward, for one video on one rank of `cp_size`.
 
     layers: how many blocks, from the first (all without it). In hidden vectors a token: full 1; attention 2;
-    selective 10 + f/d; none 17 + 2f/d, of the last two one less from `GATE_BY_WEIGHT_TOKENS`; each
-    log-sum-exp (one in attention, two in the last two) adds 4 bytes a head, and in none the norms 36 bytes.
-    With Ulysses, none also keeps the output in both layouts (1) and selective q and k as they were sent and
-    received, v as received (2 more).
-    Text, which every rank has whole, and an image branch add their keys and values. What lives only inside
-    one block at a time is `block_working_bytes`.
+    selective 10 + f/d, none 17 + 2f/d, from `GATE_BY_WEIGHT_TOKENS` one and two less; each log-sum-exp (one
+    in attention, two in the last two) adds 4 bytes a head, and in none the norms 36 bytes. With Ulysses, none
+    also keeps the output in both layouts (1) and selective q and k as they were sent and received, v as
+    received (2 more). Text, which every rank has whole, and an image branch add their keys and values. What
+    lives only inside one block at a time is `block_working_bytes`.
     """
     d, f, sent = shape.dim, shape.ffn_dim, ulysses_degree > 1
     image, by_weight = shape.image_branch, tokens >= GATE_BY_WEIGHT_TOKENS

@@ -83,7 +83,7 @@ class TokenLayout:
 
     @property
     def gate_by_weight(self) -> bool:
-        """Whether the feed-forward's gate takes its gradient from the weight's."""
+        """Whether the gates take their gradient from that of the weight before them."""
         return self.length >= cost.GATE_BY_WEIGHT_TOKENS
 
     @property
