@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Sets up (once) and runs the quick tests; words after it go to pytest: `launchers/test.sh tests/flow -k window`.
+# Sets up (once) and runs the quick tests, several files at a time; words after it go to pytest instead:
+# `launchers/test.sh tests/flow -k window`.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -13,4 +14,6 @@ fi
 # One thread a process: the tests start several, and the sums come out the same on every machine.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 cd "$root"
+# A file's tests stay together: they share what they set up. Most start two ranks, so four at a time fill a machine.
+(($#)) || set -- -n auto --maxprocesses 4 --dist loadfile
 exec "$python" -m pytest "$@"
