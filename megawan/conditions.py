@@ -9,15 +9,17 @@ The formulas are megawan/flow/conditioning.py's; this module feeds them with enc
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from megawan.encoders.codec import VideoCodec
-from megawan.encoders.image import ImageEncoder
 from megawan.flow.conditioning import image_clip, image_condition
 from megawan.models.variants import CLIP_DIM, CLIP_TOKENS, VARIANTS, Variant
+
+if TYPE_CHECKING:  # imports transformers, seconds that --help does not need
+    from megawan.encoders.image import ImageEncoder
 
 DEBUG = "debug"
 UNCONDITIONED = ("t2v", "ti2v")  # ti2v keeps the clip's own first latent frame: nothing to store
@@ -31,7 +33,7 @@ class ImageConditions:
     codec: VideoCodec
     last: bool
     """Whether the last frame is given too."""
-    images: ImageEncoder | None = None
+    images: "ImageEncoder | None" = None
     clip_of_last: bool = False
     """Whether CLIP's rows of the last frame follow those of the first."""
 
@@ -92,8 +94,10 @@ def open_conditions(
     return ImageConditions(codec, variant.task == "flf2v", images, both)
 
 
-def open_clip(variant: Variant, image_encoder: str | None, device: torch.device | str) -> ImageEncoder:
+def open_clip(variant: Variant, image_encoder: str | None, device: torch.device | str) -> "ImageEncoder":
     """Return the CLIP tower that a variant reads. Raises ValueError when none is given, or another's."""
+    from megawan.encoders.image import ImageEncoder
+
     if image_encoder is None:
         raise ValueError(
             f"{variant.name} reads CLIP features: give --image_encoder"

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from megawan.conditions import ImageConditions, open_conditions
 from megawan.data.cutting import CODEC_STRIDES, ClipSize, CutOptions, clip_size
 from megawan.data.encoding import store_settings
 from megawan.encoders.codec import VideoCodec
 from megawan.models.variants import get_variant
 
-if TYPE_CHECKING:  # these import transformers, seconds that --help does not need
-    from megawan.conditions import ImageConditions
+if TYPE_CHECKING:  # imports transformers, seconds that --help does not need
     from megawan.encoders.text import TextEncoder
 
 WAN_TEXT_LEN = 512
@@ -106,10 +106,8 @@ def open_device(name: str) -> torch.device:
 
 def open_image(
     options: EncodeOptions, variant_name: str | None, codec: VideoCodec, device: torch.device
-) -> "ImageConditions | None":
+) -> ImageConditions | None:
     """Return what makes the image conditions of a variant, None where it has none."""
-    from megawan.conditions import open_conditions
-
     if variant_name is None:
         if options.image_encoder is not None:
             raise ValueError("--image_encoder is for image-to-video models: name one with --variant")

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,8 +15,6 @@ from megawan.data.batch import pad_text
 from megawan.data.encoding import to_pixels
 from megawan.data.video import read_clip
 from megawan.encoders.codec import VideoCodec
-from megawan.encoders.image import ImageEncoder
-from megawan.encoders.text import TextEncoder
 from megawan.flow.conditioning import (
     control_condition,
     image_clip,
@@ -31,6 +29,10 @@ from megawan.models.wan import WanModel
 from megawan.plan import latent_shape
 from megawan.sampling import Experts, Given, build, find_step_folder, open_model_weights
 from megawan.solvers import Solver
+
+if TYPE_CHECKING:  # these import transformers, seconds that --help does not need
+    from megawan.encoders.image import ImageEncoder
+    from megawan.encoders.text import TextEncoder
 
 Number = TypeVar("Number", int, float)
 DEBUG = "debug"
@@ -265,8 +267,10 @@ def _text_encoder_needed(variant: Variant) -> str:
     )
 
 
-def open_text(options: EncoderOptions, variant: Variant) -> TextEncoder:
+def open_text(options: EncoderOptions, variant: Variant) -> "TextEncoder":
     """Return the text encoder. Raises ValueError where none is given for weights that are not debug's."""
+    from megawan.encoders.text import TextEncoder
+
     name = options.text_encoder or (None if variant.repository else DEBUG)
     if name is None:
         raise ValueError(_text_encoder_needed(variant))
@@ -275,7 +279,7 @@ def open_text(options: EncoderOptions, variant: Variant) -> TextEncoder:
     return TextEncoder.open(Path(name), options.tokenizer)
 
 
-def text_features(encoder: TextEncoder, captions: Sequence[str], variant: Variant) -> Tensor:
+def text_features(encoder: "TextEncoder", captions: Sequence[str], variant: Variant) -> Tensor:
     """Return the features of captions, float32 [B, text_len, text_dim], zero past each one's end."""
     length = variant.config.text_len
     return torch.stack([pad_text(rows, length) for rows in encoder.encode(list(captions), length)])
@@ -365,7 +369,7 @@ def encode_images(
 
 
 def _controlled(
-    video: Tensor, first: Tensor | None, settings: Settings, codec: VideoCodec, eyes: ImageEncoder | None
+    video: Tensor, first: Tensor | None, settings: Settings, codec: VideoCodec, eyes: "ImageEncoder | None"
 ) -> Given:
     """Return what Fun-Control or VACE is told of a control video [1, 3, T, H, W] and maybe a first frame.
 

@@ -3,6 +3,7 @@ says."""
 
 import ast
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -239,3 +240,19 @@ def test_nothing_is_left_for_later(path: Path) -> None:
 def test_no_function_writes_module_globals(path: Path) -> None:
     tree = ast.parse(path.read_text("utf-8"))
     assert not [f"{path.name}:{node.lineno}" for node in ast.walk(tree) if isinstance(node, ast.Global)]
+
+
+IMPORTED_BEFORE_FLAGS_ARE_READ = """
+import runpy, sys
+slow = {"deepspeed", "diffusers", "tensorboard", "torch._dynamo", "transformers"}
+for path in sys.argv[1:]:
+    runpy.run_path(path)
+    assert not slow & set(sys.modules), f"{path} imports {slow & set(sys.modules)}"
+"""
+
+
+def test_help_and_mistakes_wait_for_no_slow_import() -> None:
+    commands = [PACKAGE / "train.py", *sorted((ROOT / "tools").glob("*.py"))]
+    words = [sys.executable, "-c", IMPORTED_BEFORE_FLAGS_ARE_READ, *map(str, commands)]
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 0, ended.stderr

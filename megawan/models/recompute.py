@@ -8,6 +8,7 @@ numbers, so there is no generator state to keep.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -124,28 +125,36 @@ class KeepProducts(KeepAttention):
 
     exchanged = True
 
-    # A compiled graph that multiplies saves other tensors than one that finds the product, and a
-    # recomputation must save what the first pass saved. So the compiler gets what lies between products.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def linear(self, module: nn.Module, x: Tensor, sent: bool = False) -> Tensor:
         """Return module(x), multiplied once; in a recomputation what was sent is a placeholder."""
         return _KeptLinear.apply(x, module.weight, module.bias, self.slot(), sent)  # type: ignore[no-any-return,no-untyped-call]
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def product(self, module: nn.Linear, h: Tensor) -> Tensor:
         """Return module(h), multiplied once, without a gradient."""
-        slot = self.slot()
-        if (found := slot.read()) is not None:
-            return found[0]
         with torch.no_grad():
-            y = F.linear(h, module.weight, module.bias)
-        slot.write(y)
-        return y
+            return self.linear(module, h)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def cross_attention(self, q: Tensor, k: Tensor, v: Tensor, kernel: Attention) -> Tensor:
         """Return kernel(q, k, v), computed once."""
         return kept_attention(q, k, v, kernel, self.slot())
+
+
+@functools.cache
+def _keep_products_outside_graphs() -> type[KeepProducts]:
+    """Return KeepProducts for compiled blocks.
+
+    A compiled graph that multiplies saves other tensors than one that finds the product, and a recomputation
+    must save what the first pass saved. So the compiler gets what lies between products. It takes two seconds
+    to import, which a command that compiles nothing does not wait for.
+    """
+    outside: Any = torch.compiler.disable
+
+    class KeepProductsOutsideGraphs(KeepProducts):
+        linear = outside(KeepProducts.linear)
+        product = outside(KeepProducts.product)
+        cross_attention = outside(KeepProducts.cross_attention)
+
+    return KeepProductsOutsideGraphs
 
 
 class Slot:
@@ -224,10 +233,12 @@ KEEPS = {"selective": KeepProducts, "attention": KeepAttention, "full": Keep}
 
 @dataclass(frozen=True)
 class Recompute:
-    """A policy for each block, and whether what recomputed blocks keep waits in CPU memory."""
+    """A policy for each block, whether what recomputed blocks keep waits in CPU memory, and whether the
+    blocks are compiled."""
 
     policies: tuple[str, ...]
     offload: bool = False
+    compiled: bool = False
 
     @property
     def ranges(self) -> list[tuple[str, int, int]]:
@@ -251,7 +262,8 @@ class Recompute:
         policy = self.policies[index]
         if policy == "none" or not torch.is_grad_enabled():
             return block(x, *inputs, Keep())
-        keep = KEEPS[policy](self.offload)
+        chosen = _keep_products_outside_graphs() if self.compiled and policy == "selective" else KEEPS[policy]
+        keep = chosen(self.offload)
         outside = _parked(x) if self.offload else contextlib.nullcontext()
         with outside:
             # The block is called as a module so that ZeRO-3's hooks gather its weights in the recomputation
@@ -280,7 +292,7 @@ def _parked(x: Tensor) -> contextlib.AbstractContextManager[None]:
     return saved_tensors_hooks(pack, unpack)
 
 
-def parse_recompute(text: str, num_layers: int, offload: bool = False) -> Recompute:
+def parse_recompute(text: str, num_layers: int, offload: bool = False, compiled: bool = False) -> Recompute:
     """Return the policies that `text` names for `num_layers` blocks; else ValueError with the legal forms."""
     policies: list[str] = []
     for place, part in enumerate(parts := text.split(",")):
@@ -299,4 +311,4 @@ def parse_recompute(text: str, num_layers: int, offload: bool = False) -> Recomp
             f"recompute {text!r} keeps everything on the device; offloading what is kept needs selective,"
             " attention or full"
         )
-    return Recompute(tuple(policies), offload)
+    return Recompute(tuple(policies), offload, compiled)

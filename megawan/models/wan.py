@@ -342,7 +342,7 @@ class WanModel(nn.Module):
         super().__init__()
         self.config = config
         self.attention = attention
-        self.recompute = parse_recompute(recompute, config.num_layers, offload)
+        self.recompute = parse_recompute(recompute, config.num_layers, offload, compiled)
         self.wide_residual = wide_residual
         self.rope = RopeTables(config.head_dim)
         self._best: dict[tuple[str, torch.dtype, bool], Attention] = {}
