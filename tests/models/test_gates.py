@@ -1,13 +1,14 @@
 """The gate of a product that nobody keeps: its formula forward and backward, eager and as compiled."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from megawan.models.gates import gated_add, gated_linear
+from megawan.models.gates import GATE_CODE, GateCode, gated_add, gated_linear
 from megawan.models.precision import WIDENED_AT_ONCE, row_slices
 
 TOKENS, IN, OUT, CLEAN = 20, 9, 6, 4
@@ -105,3 +106,16 @@ def test_what_nobody_reads_is_not_multiplied() -> None:
     with FlopCounterMode(display=False) as counted:
         gated_linear(*drawn(1), 0, needed=False)
     assert counted.get_total_flops() == 0
+
+
+def test_compiled_code_runs_in_a_backward_pass_of_another_thread() -> None:
+    """A GPU's backward pass has threads of its own, in which the backward code is compiled, while the forward
+    code was compiled in the thread that called the model."""
+    parts = GATE_CODE.forward, GATE_CODE.backward
+    code = GateCode(*(torch.compile(part, backend="aot_eager", dynamic=False) for part in parts))
+    inputs = [x.requires_grad_() for x in drawn(2)]
+    out = gated_linear(*inputs, CLEAN, code=code)
+    with ThreadPoolExecutor(1) as other:
+        found = other.submit(torch.autograd.grad, out, inputs, torch.ones_like(out)).result()
+    wanted = torch.autograd.grad(formula(2, CLEAN)(*inputs), inputs, torch.ones_like(out))
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
