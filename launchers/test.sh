@@ -15,5 +15,5 @@ fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 cd "$root"
 # A file's tests stay together: they share what they set up. Most start two ranks, so four at a time fill a machine.
-(($#)) || set -- -n auto --maxprocesses 4 --dist loadfile
+(($#)) || set -- -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 exec "$python" -m pytest "$@"

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megawan.models.compiling import compile_each_size
 from megawan.models.precision import by_row, operand, row_slices, row_sums, runs, times, wide
 
 
@@ -33,8 +34,8 @@ class GateCode:
     backward: Code
 
     def compiled(self) -> "GateCode":
-        """Return it with both parts compiled, a graph for each length."""
-        return GateCode(*(torch.compile(each, dynamic=False) for each in (self.forward, self.backward)))
+        """Return it with both parts compiled."""
+        return GateCode(compile_each_size(self.forward), compile_each_size(self.backward))
 
 
 class _GatedAdd(torch.autograd.Function):

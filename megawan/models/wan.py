@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from megawan import cost
 from megawan.models.attention import select_attention
+from megawan.models.compiling import compile_each_size
 from megawan.models.gates import GATE_CODE
 from megawan.models.heads import RMSNorm
 from megawan.models.precision import LayerNorm, TanhGELU, WideLinear, modulated_norm, wide
@@ -216,9 +217,7 @@ class WanBlock(nn.Module):
         # DeepSpeed's hooks sit on the module's call, outside both halves.
         self._first, self._second, self._gate = self.before_attention, self.after_attention, GATE_CODE
         if compiled:
-            # A graph for each length: one for all could replace it between forward pass and recomputation.
-            self._first = torch.compile(self._first, dynamic=False)
-            self._second = torch.compile(self._second, dynamic=False)
+            self._first, self._second = compile_each_size(self._first), compile_each_size(self._second)
             self._gate = GATE_CODE.compiled()
 
     def forward(
