@@ -53,15 +53,16 @@ class CountedKernel:
 def everything() -> dict[str, Any]:
     """Return what each layout and policy changes, sends, computes and keeps on this rank."""
     with contexts() as made:
+        alone = {policy: block_keeps(ContextParallel.single(), policy) for policy in POLICIES}
         return {
-            "parity": [parity(made, latent, policy) for latent in (UNEVEN, SHORT) for policy in POLICIES],
+            "parity": [found for latent in (UNEVEN, SHORT) for found in parity(made, latent)],
             "wire": [
                 wire(context, policy, dtype)
                 for context in made
                 for policy in POLICIES
                 for dtype in (torch.float32, torch.bfloat16)
             ],
-            "kept": [kept(context, policy) for context in made for policy in POLICIES],
+            "kept": [kept(context, policy, alone[policy]) for context in made for policy in POLICIES],
         }
 
 
@@ -75,18 +76,20 @@ def contexts() -> Iterator[list[ContextParallel]]:
     dist.destroy_process_group()
 
 
-def parity(
-    made: list[ContextParallel], latent: tuple[int, int, int], policy: str
-) -> dict[str, tuple[float, float]]:
-    """Return per layout the largest relative differences of output and gradients from one rank's."""
+def parity(made: list[ContextParallel], latent: tuple[int, int, int]) -> list[dict[str, tuple[float, float]]]:
+    """Return for each policy, per layout, the largest relative differences of output and gradients from one
+    rank's."""
     whole, reference = run("t2v", latent, "none", ContextParallel.single())
     scale = max(float(value.abs().max()) for value in reference.values())
-    found = {}
-    for degrees, context in zip(LAYOUTS, made, strict=True):
-        out, gradients = run("t2v", latent, policy, context)
-        worst = max(float((gradients[name] - reference[name]).abs().max()) for name in reference)
-        found[f"{policy} {latent} {degrees}"] = (float((out - whole).abs().max()), worst / scale)
-    return found
+    differences = []
+    for policy in POLICIES:
+        found = {}
+        for degrees, context in zip(LAYOUTS, made, strict=True):
+            out, gradients = run("t2v", latent, policy, context)
+            worst = max(float((gradients[name] - reference[name]).abs().max()) for name in reference)
+            found[f"{policy} {latent} {degrees}"] = (float((out - whole).abs().max()), worst / scale)
+        differences.append(found)
+    return differences
 
 
 def wire(context: ContextParallel, policy: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -117,21 +120,29 @@ def wire(context: ContextParallel, policy: str, dtype: torch.dtype) -> dict[str,
     }
 
 
-def kept(context: ContextParallel, policy: str) -> dict[str, Any]:
-    """Return what a block keeps here, in the formula, and on a single rank: two blocks' less one's."""
-    inputs = random_inputs(ROOMY, batch=1, latent=(4, 16, 16), seed=2)
-    found = {}
-    for name, place in (("here", context), ("single", ContextParallel.single())):
-        sizes = []
-        for layers in (1, 2):
-            model = WanModel(replace(ROOMY, num_layers=layers), recompute=policy).bfloat16()
-            call = (inputs.latents, inputs.timestep, inputs.text)
-            sizes.append(kept_bytes(model, lambda: model(*call, context=place)))  # noqa: B023
-        found[name] = sizes[1] - sizes[0]
-    found["formula"] = cost.activation_bytes(
+def block_keeps(context: ContextParallel, policy: str) -> int:
+    """Return the bytes that a bfloat16 block keeps on this rank: two blocks' less one's."""
+    inputs, sizes = random_inputs(ROOMY, batch=1, latent=(4, 16, 16), seed=2), []
+    for layers in (1, 2):
+        model = WanModel(replace(ROOMY, num_layers=layers), recompute=policy).bfloat16()
+        call = (inputs.latents, inputs.timestep, inputs.text)
+        sizes.append(kept_bytes(model, lambda: model(*call, context=context)))  # noqa: B023
+    return sizes[1] - sizes[0]
+
+
+def kept(context: ContextParallel, policy: str, alone: int) -> dict[str, Any]:
+    """Return what a block keeps here, in the formula, and on a single rank."""
+    formula = cost.activation_bytes(
         model_shape(ROOMY), 256, policy, cp_size=context.size, ulysses_degree=context.ulysses_size
     )
-    return {"name": f"{policy} {context.ulysses_size} x {context.ring_size}", "policy": policy, **found}
+    name = f"{policy} {context.ulysses_size} x {context.ring_size}"
+    return {
+        "name": name,
+        "policy": policy,
+        "here": block_keeps(context, policy),
+        "formula": formula,
+        "single": alone,
+    }
 
 
 def sharded(cases: dict[str, list[str]]) -> dict[str, tuple[list[float], list[float]]]:
