@@ -96,13 +96,13 @@ def open_conditions(
 
 def open_clip(variant: Variant, image_encoder: str | None, device: torch.device | str) -> "ImageEncoder":
     """Return the CLIP tower that a variant reads. Raises ValueError when none is given, or another's."""
-    from megawan.encoders.image import ImageEncoder
-
     if image_encoder is None:
         raise ValueError(
             f"{variant.name} reads CLIP features: give --image_encoder"
             " models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth or an image_encoder folder"
         )
+    from megawan.encoders.image import ImageEncoder
+
     images = (
         ImageEncoder.debug() if image_encoder == DEBUG else ImageEncoder.open(Path(image_encoder), device)
     )

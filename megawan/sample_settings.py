@@ -269,11 +269,11 @@ def _text_encoder_needed(variant: Variant) -> str:
 
 def open_text(options: EncoderOptions, variant: Variant) -> "TextEncoder":
     """Return the text encoder. Raises ValueError where none is given for weights that are not debug's."""
-    from megawan.encoders.text import TextEncoder
-
     name = options.text_encoder or (None if variant.repository else DEBUG)
     if name is None:
         raise ValueError(_text_encoder_needed(variant))
+    from megawan.encoders.text import TextEncoder
+
     if name == DEBUG:
         return TextEncoder.debug(dim=variant.config.text_dim)
     return TextEncoder.open(Path(name), options.tokenizer)
