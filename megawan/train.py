@@ -7,6 +7,7 @@
 Reads top-down: parse, plan, join the group, take the run folder, build, fill, loop.
 """
 
+import gc
 import os
 import shutil
 import sys
@@ -17,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 if sys.path and os.path.abspath(sys.path[0]) == os.path.dirname(os.path.abspath(__file__)):
     # Started as a script: Python put megawan/ itself first, where our module names would shadow others'.
     sys.path[0] = os.path.dirname(sys.path[0])
+if __name__ == "__main__":
+    gc.disable()  # until training is built: half a million objects are made, and all of them stay
 
 import torch
 from tqdm import tqdm
@@ -108,10 +111,12 @@ def run(plan: Plan, device: torch.device) -> None:
         from megawan.engine import ExtensionError
         from megawan.trainer import Trainer
 
+        gc.freeze()  # or DeepSpeed's own collections look through all that was imported
         try:
             trainer = Trainer(plan, device)
         except ExtensionError as error:
             raise cli.UserError(str(error)) from None
+        begin_collecting(plan)
         dist.say(f"attention: {trainer.kernel.describe()}")
         start = fill(trainer, resume_from)
         if start >= plan.steps:
@@ -170,6 +175,17 @@ def look_at_ranks(device: torch.device, watch: Watch) -> None:
         dist.say(f"warning: {warning}")
     if health.wrong:
         raise cli.RunFailed("; ".join(health.problems()))
+
+
+def begin_collecting(plan: Plan) -> None:
+    """Turn Python's garbage collector on, for what is made from now on.
+
+    Looking through all that start-up made takes a rank a quarter of a second, in the middle of any step, and
+    the others wait for it. DeepSpeed's `disable_python_gc` leaves it off.
+    """
+    gc.freeze()
+    if not plan.deepspeed.config.get("disable_python_gc"):
+        gc.enable()
 
 
 def loop(trainer: "Trainer", start: int, folder: Path, warning: dist.PreemptionWarning, watch: Watch) -> None:

@@ -216,6 +216,31 @@ def test_a_second_encode_has_nothing_to_do(job: Path) -> None:
     assert before == {file.name: file.read_bytes() for file in (job / "store").iterdir()}
 
 
+COLLECTIONS = f"""
+import gc, runpy, sys
+notes = open("collections", "w", buffering=1)
+def note(phase, info):
+    if phase == "start":
+        notes.write(f"{{info['generation']}} {{gc.get_freeze_count()}}\\n")
+gc.callbacks.append(note)
+sys.argv = ["train.py", "--output", "run", "--steps", "1"]
+runpy.run_path("{TRAIN}", run_name="__main__")
+"""
+
+
+def test_the_garbage_collector_rests_while_a_run_starts_and_skips_what_that_made(tmp_path: Path) -> None:
+    finished = command("-c", COLLECTIONS, cwd=tmp_path)
+    assert finished.code == 0, finished.err[-3000:]
+    lines = (tmp_path / "collections").read_text().splitlines()
+    collected = [tuple(map(int, line.split())) for line in lines]
+    starting = [generation for generation, frozen in collected if frozen == 0]
+    assert len(starting) < 20, "hundreds without gc.disable"
+    building = [frozen for generation, frozen in collected if generation == 2 and frozen > 0]
+    awake = [frozen for generation, frozen in collected if generation == 0 and frozen > 0]
+    assert building[0] > 100_000, "DeepSpeed's own collection looks through all that was imported"
+    assert awake and min(awake) > building[0] + 100_000, "it stays off, or looks through all that was built"
+
+
 def test_bare_start_needs_nothing(tmp_path: Path) -> None:
     bare = command(
         *LAUNCHER, port() + 1, TRAIN, "--deepspeed", "ds_configs/zero3.json", "--steps", "2", cwd=tmp_path

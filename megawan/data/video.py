@@ -23,7 +23,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import av
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -219,6 +218,8 @@ def write_mp4(path: Path, frames: Frames, fps: float) -> None:
         raise ValueError(f"an H.264 video needs an even height and width; given: {width}x{height}")
     if not 0 < fps <= 1000:
         raise ValueError(f"fps must be above 0 and at most 1000; given: {fps}")
+    import av
+
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         with open(partial, "wb") as file, av.open(file, "w", format="mp4") as container:
@@ -368,6 +369,8 @@ def _image(path: Path, file: BinaryIO) -> Iterator[Picture]:
 
 
 def _video(path: Path, file: BinaryIO) -> Iterator[Picture]:
+    import av
+
     # The open file is given, not its name: a name such as "concat:a|b" means nothing here.
     broken = (av.error.FFmpegError, OSError, ValueError, RuntimeError, EOFError, MemoryError, struct.error)
     with contextlib.ExitStack() as stack:
@@ -495,6 +498,8 @@ def _coming(container: Any, stream: Any) -> Iterator[Any]:
 
 def _video_stream(path: Path, container: Any) -> Any:
     """Return the first real video stream, its declared size and length within the caps."""
+    import av
+
     covers = av.stream.Disposition.attached_pic  # the picture of a song
     streams = [stream for stream in container.streams.video if not stream.disposition & covers]
     if not streams:
@@ -520,6 +525,5 @@ def _check_size(path: Path, width: int, height: int) -> None:
 
 def _said(error: BaseException) -> str:
     """Return the error's own words, without the path that FFmpeg and the system repeat."""
-    if isinstance(error, OSError | av.error.FFmpegError) and error.strerror:
-        return str(error.strerror)
-    return str(error) or type(error).__name__
+    # Errors of the system and of FFmpeg have them in `strerror`.
+    return str(getattr(error, "strerror", None) or error) or type(error).__name__
