@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole job on toy videos, on whatever this machine has: mp4 clips → latents → ZeRO-3 training on two ranks (or one
-# per GPU) → export → sampled mp4 and one picture. About eight minutes on two CPU cores after installation.
+# per GPU) → export → sampled mp4 and one picture. Eight to fifteen minutes on two CPU cores after installation.
 #   bash launchers/quickstart.sh [--output FOLDER]     default: runs/quickstart of the checkout, replaced at every call
 set -euo pipefail
 
