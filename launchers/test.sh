@@ -14,8 +14,8 @@ fi
 # One thread a process: the tests start several, and the sums come out the same on every machine.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 cd "$root"
-# A file's tests stay together: they share what they set up. Two more at a time than there are cores, since many wait
+# A file's tests stay together: they share what they set up. One more at a time than there are cores, since many wait
 # (nproc answers OMP_NUM_THREADS where it is set); most start two ranks, so four fill a machine.
-workers="$(($(env -u OMP_NUM_THREADS nproc) + 2))"
+workers="$(($(env -u OMP_NUM_THREADS nproc) + 1))"
 (($#)) || set -- -n "$((workers < 4 ? workers : 4))" --dist loadfile --no-loadscope-reorder
 exec "$python" -m pytest "$@"
