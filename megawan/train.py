@@ -29,6 +29,7 @@ from megawan.agreement import StepAgreement, describe_samples
 from megawan.changes import changes, flat, refused
 from megawan.data.mixture import Mixture
 from megawan.data.replacement import BadSamples
+from megawan.ds_config import Resolved
 from megawan.faults import broken
 from megawan.files import write_json
 from megawan.hardware import peak_flops
@@ -116,7 +117,7 @@ def run(plan: Plan, device: torch.device) -> None:
             trainer = Trainer(plan, device)
         except ExtensionError as error:
             raise cli.UserError(str(error)) from None
-        begin_collecting(plan)
+        begin_collecting(plan.deepspeed)
         dist.say(f"attention: {trainer.kernel.describe()}")
         start = fill(trainer, resume_from)
         if start >= plan.steps:
@@ -177,14 +178,14 @@ def look_at_ranks(device: torch.device, watch: Watch) -> None:
         raise cli.RunFailed("; ".join(health.problems()))
 
 
-def begin_collecting(plan: Plan) -> None:
+def begin_collecting(deepspeed: Resolved) -> None:
     """Turn Python's garbage collector on, for what is made from now on.
 
     Looking through all that start-up made takes a rank a quarter of a second, in the middle of any step, and
     the others wait for it. DeepSpeed's `disable_python_gc` leaves it off.
     """
     gc.freeze()
-    if not plan.deepspeed.config.get("disable_python_gc"):
+    if not deepspeed.config.get("disable_python_gc"):
         gc.enable()
 
 

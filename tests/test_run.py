@@ -1,6 +1,7 @@
 """What surrounds a run's steps: who asks for a checkpoint, who holds the run folder, how a save goes on
 aside. One group of two ranks serves all tests."""
 
+import gc
 import os
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from megawan import changes, train
 from megawan.checkpoint import CheckpointOptions
+from megawan.ds_config import Resolved
 from megawan.run_folder import LOCK
 from megawan.watch import PHASES, Watch
 from tests.dist_workers import world_of_one
@@ -84,6 +86,22 @@ def test_a_disk_that_will_be_full_is_said_beforehand(
         (tmp_path / f"step_000000{step}").mkdir()
     train.warn_of_little_room(tmp_path, size, CheckpointOptions(keep_last=2))
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("settings", "on"),
+    [({}, True), ({"disable_python_gc": False}, True), ({"disable_python_gc": True}, False)],
+)
+def test_the_garbage_collector_stays_off_where_deepspeeds_settings_say_so(
+    settings: dict[str, Any], on: bool
+) -> None:
+    gc.disable()
+    try:
+        train.begin_collecting(Resolved(settings, 3, "fp32"))
+        assert gc.isenabled() == on
+    finally:
+        gc.unfreeze()
+        gc.enable()
 
 
 def test_a_phase_that_no_report_knows_is_refused(tmp_path: Path) -> None:
