@@ -16,6 +16,8 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false HF_H
 cd "$root"
 # A file's tests stay together: they share what they set up. One more at a time than there are cores, since many wait
 # (nproc answers OMP_NUM_THREADS where it is set); most start two ranks, so four fill a machine.
-workers="$(($(env -u OMP_NUM_THREADS nproc) + 1))"
-(($#)) || set -- -n "$((workers < 4 ? workers : 4))" --dist loadfile --no-loadscope-reorder
+if (($# == 0)); then
+    workers="$(($(env -u OMP_NUM_THREADS nproc) + 1))"
+    set -- -n "$((workers < 4 ? workers : 4))" --dist loadfile --no-loadscope-reorder
+fi
 exec "$python" -m pytest "$@"

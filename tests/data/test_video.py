@@ -250,7 +250,7 @@ def test_the_scaled_size_is_rounded_and_then_cropped() -> None:
     assert np.array_equal(crop_and_resize(picture[:, :50], 16, 16), np.asarray(scaled)[:, 6:22])
 
 
-def test_making_smaller_averages_and_does_not_skip() -> None:
+def test_making_smaller_averages_all_pixels() -> None:
     stripes = np.zeros((64, 64, 3), np.uint8)
     stripes[:, ::2] = 255
     out = crop_and_resize(stripes, 8, 8).astype(int)
