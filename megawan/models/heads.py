@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megawan.models.precision import operand, times, token_sums, wide
+from megawan.models.precision import on_cpu, operand, times, token_sums, wide
 from megawan.models.rope import rotate
 
 Rope = tuple[Tensor, Tensor]
@@ -28,7 +28,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor, heads: int, rope: Rope | None = None) -> Tensor:
         """Return x / sqrt(mean(x²) + eps) · weight [B, l, N, K] in x's dtype from x [B, l, N·K]; rope: the
         rows by which each head is turned before the one rounding."""
-        if x.is_cuda and rope is None:  # one fused kernel each way, which keeps x and a number a token
+        if rope is None and not on_cpu(x):  # one fused kernel each way, which keeps x and a number a token
             return _split(F.rms_norm(x, self.weight.shape, self.weight, self.eps), heads)
         cos, sin = rope or (None, None)
         return _NormedHeads.apply(x, self.weight, self.eps, heads, cos, sin)  # type: ignore[no-any-return,no-untyped-call]

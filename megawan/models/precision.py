@@ -19,10 +19,15 @@ def wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
+def on_cpu(x: Tensor) -> bool:
+    """Return whether x is a CPU's: the one question that chooses between formulas for CPUs and for GPUs."""
+    return x.device.type == "cpu"
+
+
 def operand(x: Tensor) -> Tensor:
     """Return half-precision x as operations beside float32 values take it best: on CPUs, where each of them
     would first widen a copy, widened once; on GPUs, where they widen in registers, as it is."""
-    return wide(x) if x.device.type == "cpu" else x
+    return wide(x) if on_cpu(x) else x
 
 
 def times(x: Tensor, factor: Tensor, own: bool) -> Tensor:
@@ -41,7 +46,7 @@ def token_sums(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     There a few tokens at a time are summed first, so that the rows are read in the order of memory.
     """
     length = x.shape[-2]
-    if not (torch.compiler.is_compiling() and x.device.type == "cpu"):
+    if not (torch.compiler.is_compiling() and on_cpu(x)):
         return x.sum(-2, dtype=dtype)
     few = max(n for n in range(1, SUMMED_AT_ONCE + 1) if length % n == 0)
     tokens = wide(x)
@@ -85,7 +90,7 @@ class _WideLinear(torch.autograd.Function):
 def row_slices(weight: Tensor) -> list[slice]:
     """Return the rows of a weight [out, in] in runs of about WIDENED_AT_ONCE numbers; on a GPU, where a
     launch takes as long as many numbers, of 16 times as many."""
-    numbers = WIDENED_AT_ONCE * (1 if weight.device.type == "cpu" else 16)
+    numbers = WIDENED_AT_ONCE * (1 if on_cpu(weight) else 16)
     rows = max(1, numbers // weight.shape[1])
     return [slice(start, start + rows) for start in range(0, weight.shape[0], rows)]
 
@@ -202,7 +207,7 @@ def _kernel_input(x: Tensor, other: torch.dtype) -> Tensor:
     """Return x as the norm's kernel takes it beside a float32 weight: wide, but on CPUs half-precision x with
     a result of the same dtype as it is (torch computes in float32 inside; compiled code widens by itself, and
     torch's decomposition would round the statistics)."""
-    mixed = x.dtype == other and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    mixed = x.dtype == other and on_cpu(x) and not torch.compiler.is_compiling()
     return x if mixed else wide(x)
 
 
