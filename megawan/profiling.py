@@ -134,12 +134,15 @@ class StepProfiler:
 def split_events(events: Iterable[Any], on_gpu: bool) -> tuple[list[Interval], list[Interval]]:
     """Return when (nanoseconds) something was computed, and when something was sent.
 
-    On a GPU these are kernels; on a CPU aten operations, beside which gloo's threads send.
+    On a GPU these are kernels, not what torch and others named there (an optimizer's whole step); on a CPU
+    aten operations, beside which gloo's threads send.
     """
     computed, sent = list[Interval](), list[Interval]()
     for event in events:
         span, name = (event.start_ns(), event.end_ns()), event.name()
         if (event.device_type() == torch.autograd.DeviceType.CUDA) != on_gpu:
+            continue
+        if on_gpu and event.is_user_annotation():
             continue
         if name.startswith(COMMUNICATION):
             sent.append(span)

@@ -2,14 +2,16 @@
 
 import gzip
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.autograd import DeviceType
 
-from megawan.profiling import ProfileOptions, StepProfiler, check, uncovered, window
+from megawan.profiling import ProfileOptions, StepProfiler, check, split_events, uncovered, window
 from megawan.step_times import StepTimes
 from tests.dist_workers import world_of_one
 
@@ -26,6 +28,43 @@ def test_uncovered_time_is_counted_tick_by_tick(
         return {tick for start, end in some for tick in range(start, end)}
 
     assert uncovered(spans, cover) == len(ticks(spans) - ticks(cover))
+
+
+@dataclass
+class Event:
+    """An event of torch's raw record of a step."""
+
+    called: str
+    span: tuple[int, int]
+    device: DeviceType = DeviceType.CUDA
+    annotation: bool = False
+
+    def name(self) -> str:
+        return self.called
+
+    def start_ns(self) -> int:
+        return self.span[0]
+
+    def end_ns(self) -> int:
+        return self.span[1]
+
+    def device_type(self) -> DeviceType:
+        return self.device
+
+    def is_user_annotation(self) -> bool:
+        return self.annotation
+
+
+def test_a_gpu_computes_and_sends_in_kernels_alone() -> None:
+    """A name over a whole optimizer step, gaps and waiting included, would hide all communication in it."""
+    events = [
+        Event("nvjet_tst_128x256", (0, 4)),
+        Event("ncclDevKernel_AllGather_RING_LL", (2, 9)),
+        Event("Optimizer.step#AdamW.step", (0, 20), annotation=True),
+        Event("nccl:_all_gather_base", (1, 30), annotation=True),
+        Event("aten::mm", (0, 50), DeviceType.CPU),
+    ]
+    assert split_events(events, on_gpu=True) == ([(0, 4)], [(2, 9)])
 
 
 @pytest.mark.parametrize("text", ["3", "3:", ":5", "5:3", "3:3", "0:4", "-1:4", "a:b", "1:2:3", "1.5:3"])
