@@ -3,16 +3,21 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
-from megawan.benchmark import arms, report, steps, timing
+from megawan import cost
+from megawan.benchmark import arms, profiling, report, steps, timing
 from megawan.benchmark.arms import Kind
 from megawan.benchmark.flops import counted_flops
 from megawan.benchmark.memory import peak_bytes, saved_bytes
 from megawan.benchmark.problem import GPU_PROBLEMS, Problem, make_inputs
 from megawan.cli import UserError
+from megawan.models.attention import choose_backend
+from megawan.models.wan import WanModel
 from tests.models.activations import kept_bytes
 from tests.models.peers import TINY
 from tools import benchmark
@@ -31,9 +36,10 @@ def built(problem: Problem, *kinds: Kind) -> list[arms.Arm]:
     return [arms.build(kind, source, problem, inputs, optimizer=False) for kind in kinds]
 
 
-def test_every_implementation_has_the_same_loss_and_the_same_gradients() -> None:
+@pytest.mark.parametrize("parts", [1, 4])
+def test_every_implementation_has_the_same_loss_and_the_same_gradients(parts: int) -> None:
     found = []
-    for arm in built(PROBLEM, *KINDS):
+    for arm in built(replace(PROBLEM, parts=parts), *KINDS):
         loss = arm.loss()
         loss.backward()
         squares = sum(float(p.grad.square().sum()) for p in arm.model.parameters() if p.grad is not None)
@@ -63,6 +69,49 @@ def test_a_part_of_ulysses_costs_all_implementations_the_same() -> None:
 
 def test_problems_of_a_gpu_have_the_published_lengths() -> None:
     assert [problem.tokens * problem.parts for problem in GPU_PROBLEMS] == [32_760, 27_280, 37_440]
+
+
+@pytest.mark.parametrize("problem", GPU_PROBLEMS, ids=lambda problem: problem.name)
+def test_the_steps_of_a_gpu_fit_together(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At their sizes, two blocks deep, on the meta device: shapes, dtypes and devices, no numbers."""
+    kernel = choose_backend("auto", "cuda", torch.bfloat16, 128, True, (9, 0)).kernel("")
+    monkeypatch.setattr(arms, "select_attention", lambda *given, **more: kernel)
+    cut = replace(problem, config=replace(problem.config, num_layers=2))
+    meta = torch.device("meta")
+    with meta:
+        source = WanModel(cut.config).bfloat16()
+    inputs = make_inputs(cut, meta, torch.bfloat16)
+    for kind in steps.kinds(cost.POLICIES, arms.available_peers(), [False]):
+        arm = arms.build(kind, source, cut, inputs, optimizer=True)
+        assert arm.step().device == meta
+        owned = {id(parameter) for parameter in source.parameters()}
+        assert {id(parameter) for parameter in arm.model.parameters()} == owned
+
+
+def test_a_gpus_times_are_its_kernels_each_once() -> None:
+    """The operator that launched a kernel has its time too, and so has a name over both."""
+
+    def event(key: str, device: float, kind: DeviceType, annotation: bool = False) -> SimpleNamespace:
+        return SimpleNamespace(
+            key=key,
+            device_type=kind,
+            is_user_annotation=annotation,
+            self_cpu_time_total=7e6,
+            self_device_time_total=device * 1e6,
+        )
+
+    launched = [event(name, 1.0, DeviceType.CPU) for name in ("aten::mm", "aten::mul")]
+    kernels = [
+        event("nvjet_tst_128x256_64x4_2x1_v_bz_coopA_NNT", 2.0, DeviceType.CUDA),
+        event("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob", 3.0, DeviceType.CUDA),
+        event("triton_poi_fused__scaled_dot_product_cudnn_attention_clone_4", 0.5, DeviceType.CUDA),
+        event("void at::native::vectorized_elementwise_kernel<4>", 0.25, DeviceType.CUDA),
+    ]
+    span = event("Optimizer.step#AdamW.step", 9.0, DeviceType.CUDA, annotation=True)
+    found = profiling.sorted_out([*launched, *kernels, span], cuda=True)
+    assert (found.products, found.rest) == (5.0, 0.75)
+    assert [name.split("_")[0] for name, _ in found.longest] == ["triton", "void at::native::vectorized"]
+    assert profiling.sorted_out(launched, cuda=False).products == 7.0
 
 
 def test_ratios_are_taken_within_a_round() -> None:

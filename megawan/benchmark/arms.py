@@ -1,8 +1,11 @@
 """The implementations that are measured against each other, as training steps over the same weights."""
 
+import contextlib
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +23,7 @@ from megawan.models.wan import WanModel, patchify
 from megawan.parallel.kernel import AttentionKernel
 
 OURS, DIFFUSERS, DIFFSYNTH = "ours", "diffusers", "diffsynth"
+ROTARY_POSITIONS = 1024  # each axis of others' rotary tables
 Triple = tuple[Tensor, Tensor, Tensor]
 
 
@@ -107,26 +111,30 @@ def _diffusers(
 ) -> tuple[nn.Module, Callable[[], Tensor]]:
     config = problem.config
     cls = importlib.import_module("diffusers").WanTransformer3DModel
-    model: nn.Module = cls(
-        patch_size=config.patch_size,
-        num_attention_heads=config.num_heads,
-        attention_head_dim=config.head_dim,
-        in_channels=config.in_dim,
-        out_channels=config.out_dim,
-        text_dim=config.text_dim,
-        freq_dim=config.freq_dim,
-        ffn_dim=config.ffn_dim,
-        num_layers=config.num_layers,
-    ).to(inputs.x_t.device)
+    with torch.device("meta"):
+        model: nn.Module = cls(
+            patch_size=config.patch_size,
+            num_attention_heads=config.num_heads,
+            attention_head_dim=config.head_dim,
+            in_channels=config.in_dim,
+            out_channels=config.out_dim,
+            text_dim=config.text_dim,
+            freq_dim=config.freq_dim,
+            ffn_dim=config.ffn_dim,
+            num_layers=config.num_layers,
+        )
+    # Its rotary tables alone are no parameters.
+    rope: Any = type(model.rope)
+    model.rope = rope(config.head_dim, config.patch_size, ROTARY_POSITIONS).to(inputs.x_t.device)
     weights = {to_diffusers(key): value for key, value in source.named_parameters()}
     model.load_state_dict(weights, assign=True)
     if kind.policy == "full":
-        model.enable_gradient_checkpointing()  # type: ignore[operator]
+        model.enable_gradient_checkpointing(recompute_as(problem))  # type: ignore[operator]
     if kind.compiled:
         model.compile_repeated_blocks(dynamic=False)  # type: ignore[operator]
 
     def loss() -> Tensor:
-        with PartMode(problem):
+        with part_of(problem):
             pred = model(inputs.x_t, inputs.timestep, inputs.text, return_dict=False)[0]
         return F.mse_loss(pred.float(), inputs.target) * inputs.weight.mean()
 
@@ -138,35 +146,41 @@ def _diffsynth(
 ) -> tuple[nn.Module, Callable[[], Tensor]]:
     config = problem.config
     module = importlib.import_module("diffsynth.models.wan_video_dit")
-    model: nn.Module = module.WanModel(
-        dim=config.dim,
-        in_dim=config.in_dim,
-        ffn_dim=config.ffn_dim,
-        out_dim=config.out_dim,
-        text_dim=config.text_dim,
-        freq_dim=config.freq_dim,
-        eps=config.eps,
-        patch_size=config.patch_size,
-        num_heads=config.num_heads,
-        num_layers=config.num_layers,
-        has_image_input=False,
-    ).to(inputs.x_t.device)
+    with torch.device("meta"):
+        model = module.WanModel(
+            dim=config.dim,
+            in_dim=config.in_dim,
+            ffn_dim=config.ffn_dim,
+            out_dim=config.out_dim,
+            text_dim=config.text_dim,
+            freq_dim=config.freq_dim,
+            eps=config.eps,
+            patch_size=config.patch_size,
+            num_heads=config.num_heads,
+            num_layers=config.num_layers,
+            has_image_input=False,
+        )
+    model.freqs = module.precompute_freqs_cis_3d(config.head_dim)
     model.load_state_dict(dict(source.named_parameters()), assign=True)
     if kind.compiled:
-        for block in model.blocks:  # type: ignore[union-attr]
+        for block in model.blocks:
             block.compile(dynamic=False)
 
+    recompute = recompute_as(problem) if kind.policy == "full" else None
+
     def loss() -> Tensor:
-        with PartMode(problem):
-            pred = _diffsynth_forward(model, module, inputs, kind.policy == "full")
+        with part_of(problem):
+            pred = _diffsynth_forward(model, module, inputs, recompute)
         return F.mse_loss(pred.float(), inputs.target) * inputs.weight.mean()
 
     return model, loss
 
 
-def _diffsynth_forward(model: Any, module: Any, inputs: Inputs, recompute: bool) -> Tensor:
+def _diffsynth_forward(
+    model: Any, module: Any, inputs: Inputs, recompute: Callable[..., Any] | None
+) -> Tensor:
     """Return the velocity as DiffSynth's training computes it; the model's own forward is not what it
-    trains through."""
+    trains through. recompute: calls a block that keeps nothing."""
     x = inputs.x_t
     times = module.sinusoidal_embedding_1d(model.freq_dim, inputs.timestep.to(x.dtype))
     t = model.time_embedding(times)
@@ -186,10 +200,8 @@ def _diffsynth_forward(model: Any, module: Any, inputs: Inputs, recompute: bool)
     )
     freqs = freqs.reshape(f * h * w, 1, -1).to(x.device)
     for block in model.blocks:
-        if recompute:
-            x = checkpoint(block, x, context, t_mod, freqs, use_reentrant=False)
-        else:
-            x = block(x, context, t_mod, freqs)
+        inputs_of_block = x, context, t_mod, freqs
+        x = recompute(block, *inputs_of_block) if recompute else block(*inputs_of_block)
     velocity: Tensor = model.unpatchify(model.head(x, t), (f, h, w))
     return velocity
 
@@ -240,23 +252,25 @@ def regrouped(x: Tensor, parts: int) -> Tensor:
     return x.reshape(batch, tokens * parts, heads // parts, width)
 
 
+def part_of(problem: Problem) -> AbstractContextManager[object]:
+    """Return what others' forward pass runs under: self-attention of one part, where there are parts."""
+    return PartMode(problem.parts) if problem.parts > 1 else contextlib.nullcontext()
+
+
+def recompute_as(problem: Problem) -> Callable[..., Any]:
+    """Return full checkpointing, function(block, *inputs), whose recomputation runs as the first pass did; a
+    mode that is on during the backward pass would not reach it."""
+    return functools.partial(
+        checkpoint, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), part_of(problem))
+    )
+
+
 class PartMode(TorchFunctionMode):
     """While it is entered, others' self-attention is that of one part, as `PartAttention` does to ours."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, parts: int) -> None:
         super().__init__()
-        self.parts = problem.parts
-
-    def __enter__(self) -> "PartMode":
-        """Enter it; with one part there is nothing to do."""
-        if self.parts > 1:
-            super().__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        """Leave it."""
-        if self.parts > 1:
-            super().__exit__(*error)
+        self.parts = parts
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None

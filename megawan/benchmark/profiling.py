@@ -1,18 +1,29 @@
 """Where the time of a step goes: the profiler's self times, matrix products apart from everything else."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from megawan.benchmark.timing import rotated
 
+# torch's operators; the kernels of cuBLAS (nvjet on Hopper and later), CUTLASS, cuDNN and flash-attention.
 PRODUCTS = re.compile(
-    r"(^|::|_)(mm|addmm|bmm|baddbmm|matmul|linear|mkldnn_linear\w*|convolution\w*|\w*conv\w*)$|attention|gemm|cutlass|fmha|flash|cudnn",
+    r"(^|::|_)(mm|addmm|bmm|baddbmm|matmul|linear|mkldnn_linear\w*|convolution\w*|\w*conv\w*)$"
+    r"|attention|gemm|cutlass|fmha|flash|cudnn|nvjet|xmma",
     re.IGNORECASE,
 )
+# What torch.compile made between them is named after all operators that it stands for.
+FUSED = re.compile(r"^triton_(poi|red|per|for)_")
+
+
+def is_product(name: str) -> bool:
+    """Return whether an operator or a kernel is a matrix product or an attention."""
+    return PRODUCTS.search(name) is not None and not FUSED.match(name)
 
 
 @dataclass(frozen=True)
@@ -35,10 +46,18 @@ def self_times(step: Callable[[], object], device: torch.device) -> SelfTimes:
         step()
         if cuda:
             torch.cuda.synchronize(device)
+    return sorted_out(record.key_averages(), cuda)
+
+
+def sorted_out(events: Iterable[Any], cuda: bool) -> SelfTimes:
+    """Return the self times in the profiler's averages: cuda: of the kernels alone, since their times stand
+    beside the operators that launched them too."""
     products, rest = 0.0, dict[str, float]()
-    for event in record.key_averages():
+    for event in events:
+        if cuda and (event.device_type != DeviceType.CUDA or event.is_user_annotation):
+            continue
         seconds = (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e6
-        if PRODUCTS.search(event.key):
+        if is_product(event.key):
             products += seconds
         elif seconds > 0:
             rest[event.key] = rest.get(event.key, 0.0) + seconds

@@ -90,12 +90,14 @@ def measure(
 def source_model(problem: Problem, device: torch.device, dtype: torch.dtype) -> WanModel:
     """Return the model whose weights every arm shares; the head is not 0 as it would be at first, or no
     gradient would pass it."""
-    model = WanModel(problem.config)
+    with torch.device("meta"):
+        model = WanModel(problem.config).to(dtype)
+    model.to_empty(device=device)
     initialise_(model, seed=0)
     with torch.no_grad():
         model.head.head.weight.fill_(0.01)
         model.head.head.weight[:, ::2] *= -1
-    return model.to(device, dtype)
+    return model
 
 
 def _timed(

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megawan.benchmark.profiling import PRODUCTS
+from megawan.benchmark.profiling import is_product
 
 
 def moved_bytes(step: Callable[[], object]) -> int:
@@ -33,7 +33,7 @@ class _Counter(TorchDispatchMode):
         name = str(operation).partition(".")[2].partition(".")[0]
         schema = operation._schema
         view = operation.is_view or name in ("_unsafe_view", "detach", "empty", "empty_like", "new_empty")
-        if view or PRODUCTS.search(name):
+        if view or is_product(name):
             return out
         given = zip([a.name for a in schema.arguments], args, strict=False)
         for key, value in [*given, *(kwargs or {}).items()]:
