@@ -1,6 +1,6 @@
 """One micro-batch: stacked latents and padded text with the keys that all randomness hangs on."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -60,12 +60,20 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         """Return the batch with its features on `device`; ids and epochs stay on the CPU, where draws are
         made."""
+        return self._with_features(lambda x: x.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """Return the batch with its features in pinned memory, from where `to` copies while the GPU works.
+        torch's loader calls it by this name."""
+        return self._with_features(Tensor.pin_memory)
+
+    def _with_features(self, move: Callable[[Tensor], Tensor]) -> "Batch":
         return replace(
             self,
-            latents=self.latents.to(device, non_blocking=True),
-            text=self.text.to(device, non_blocking=True),
-            clip=None if self.clip is None else self.clip.to(device, non_blocking=True),
-            condition=None if self.condition is None else self.condition.to(device, non_blocking=True),
+            latents=move(self.latents),
+            text=move(self.text),
+            clip=None if self.clip is None else move(self.clip),
+            condition=None if self.condition is None else move(self.condition),
         )
 
 
