@@ -15,6 +15,7 @@ from megawan.benchmark.arms import Kind
 from megawan.benchmark.flops import counted_flops
 from megawan.benchmark.memory import peak_bytes, saved_bytes
 from megawan.benchmark.problem import GPU_PROBLEMS, Problem, make_inputs
+from megawan.benchmark.traffic import compiled_bytes
 from megawan.cli import UserError
 from megawan.models.attention import choose_backend
 from megawan.models.wan import WanModel
@@ -88,6 +89,15 @@ def test_the_steps_of_a_gpu_fit_together(problem: Problem, monkeypatch: pytest.M
         assert {id(parameter) for parameter in arm.model.parameters()} == owned
 
 
+def test_compiled_code_moves_what_its_kernels_read_and_write() -> None:
+    x, weight = torch.randn(64, 128), torch.randn(128, 128)
+    one = torch.compile(lambda a: torch.relu(a * 2 + 1))
+    two = torch.compile(lambda a: torch.relu((a * 2) @ weight) + 1)
+    for _ in range(2):  # what was compiled before counts again
+        assert compiled_bytes(lambda: one(x)) == 2 * x.nbytes
+        assert compiled_bytes(lambda: [two(x), two(x)]) == 4 * x.nbytes  # the product aside
+
+
 def test_a_gpus_times_are_its_kernels_each_once() -> None:
     """The operator that launched a kernel has its time too, and so has a name over both."""
 
@@ -147,6 +157,7 @@ def test_a_step_is_timed_then_examined() -> None:
     assert (plain["step"], full["step"]) == ("ours none", "ours full")
     assert plain["vectors a token and block"] > full["vectors a token and block"] > 0
     assert "of it a block" in plain and "of it a block" not in full
+    assert plain["vectors a block moves"] > 100 and "vectors a block moves" not in full
     assert early == [{"step", "s", "quartiles", "TFLOP/s"}]
 
 

@@ -36,6 +36,10 @@ class Problem:
         attention = self.config.num_layers * cost.block_flops(self.shape, self.tokens).self_attention
         return flops + 3 * attention * (self.parts - 1)
 
+    def vector(self, dtype: torch.dtype) -> int:
+        """Return the bytes of one hidden vector a token."""
+        return self.tokens * self.config.dim * dtype.itemsize
+
     @property
     def shape(self) -> cost.ModelShape:
         """The sizes that cost.py reads."""

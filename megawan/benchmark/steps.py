@@ -17,7 +17,7 @@ from megawan.benchmark.problem import Problem, make_inputs
 from megawan.benchmark.profiling import SelfTimes, fastest_self_times, rounds_of_self_times
 from megawan.benchmark.report import Table
 from megawan.benchmark.timing import Spread, interleaved, paired_ratio
-from megawan.benchmark.traffic import moved_bytes
+from megawan.benchmark.traffic import compiled_bytes, moved_bytes
 from megawan.hardware import peak_flops
 from megawan.models.initial import initialise_
 from megawan.models.wan import WanModel
@@ -84,6 +84,9 @@ def measure(
         plain = [arm.kind for arm in arms if arm.kind.policy == "none"]
         for label, outside in _block_times_outside_products(plain, one, two, device).items():
             rows[label]["of it a block"] = outside
+        for kind in plain:  # last, since it compiles anew
+            moved = compiled_bytes(one(kind).step) if kind.compiled else _moved_by_a_block(kind, one, two)
+            rows[kind.label]["vectors a block moves"] = moved / problem.vector(dtype)
     return table
 
 
@@ -160,6 +163,11 @@ def _bytes_outside_blocks(kind: Kind, one: Callable[[Kind], Arm], two: Callable[
     return 2 * of_one - of_two
 
 
+def _moved_by_a_block(kind: Kind, one: Callable[[Kind], Arm], two: Callable[[Kind], Arm]) -> int:
+    """Return what a second block adds to the bytes that a step moves outside products."""
+    return moved_bytes(two(kind).step) - moved_bytes(one(kind).step)
+
+
 def _block_times_outside_products(
     wanted: Sequence[Kind],
     one: Callable[[Kind], Arm],
@@ -194,10 +202,9 @@ def _examined(
     """Return memory, FLOPs and self times as a row; outside_blocks: bytes that embeddings and head keep."""
     saved = saved_bytes(arm.model, arm.loss)
     of_blocks = saved - outside_blocks
-    vector = problem.tokens * problem.config.dim * dtype.itemsize
     return {
         "saved MiB": saved / 2**20,
-        "vectors a token and block": of_blocks / (vector * problem.config.num_layers),
+        "vectors a token and block": of_blocks / (problem.vector(dtype) * problem.config.num_layers),
         "peak MiB": peak_bytes(arm.step, device) / 2**20,
         "run GFLOP": "" if arm.kind.compiled else counted_flops(arm.step) / 1e9,
         "moved GiB outside products": "" if arm.kind.compiled else moved_bytes(arm.step) / 2**30,

@@ -1,9 +1,12 @@
-"""Bytes that eager operations read and write, counted instead of timed: what a fused kernel saves, whatever
-else the machine does."""
+"""Bytes that operations between products read and write, counted instead of timed: what a fused kernel saves,
+whatever else the machine does."""
 
+import logging
+import warnings
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -18,6 +21,40 @@ def moved_bytes(step: Callable[[], object]) -> int:
     with _Counter() as counter:
         step()
     return counter.bytes
+
+
+def compiled_bytes(step: Callable[[], object]) -> int:
+    """Return the bytes that the kernels of `step`'s compiled code other than products and attentions read and
+    write, by the compiler's own account: each operand of a kernel once.
+
+    A graph counts once, however often it runs: of a model of equal blocks this is one block. Compiles anew.
+    """
+    from torch._inductor import metrics  # seconds that an eager measurement does not wait for
+    from torch._inductor.scheduler import ExternKernelSchedulerNode
+
+    # The account is drawn up where this logger speaks; nobody reads it there.
+    log = logging.getLogger("torch._inductor.compile_fx.__inductor_metrics")
+    before = log.level, log.propagate
+    torch.compiler.reset()
+    metrics.reset()
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    try:
+        with (
+            warnings.catch_warnings(),
+            torch.compiler.config.patch(force_disable_caches=True),  # type: ignore[attr-defined]
+        ):
+            warnings.filterwarnings("ignore", message="dynamo_pgo force disabled")
+            step()
+        # In units of four bytes.
+        parts = [
+            4 * n for node, n in metrics.nodes_num_elem if not isinstance(node, ExternKernelSchedulerNode)
+        ]
+    finally:
+        log.setLevel(before[0])
+        log.propagate = before[1]
+        metrics.reset()
+    return sum(parts)
 
 
 class _Counter(TorchDispatchMode):
