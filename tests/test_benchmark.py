@@ -91,11 +91,9 @@ def test_the_steps_of_a_gpu_fit_together(problem: Problem, monkeypatch: pytest.M
 
 def test_compiled_code_moves_what_its_kernels_read_and_write() -> None:
     x, weight = torch.randn(64, 128), torch.randn(128, 128)
-    one = torch.compile(lambda a: torch.relu(a * 2 + 1))
-    two = torch.compile(lambda a: torch.relu((a * 2) @ weight) + 1)
-    for _ in range(2):  # what was compiled before counts again
-        assert compiled_bytes(lambda: one(x)) == 2 * x.nbytes
-        assert compiled_bytes(lambda: [two(x), two(x)]) == 4 * x.nbytes  # the product aside
+    step = torch.compile(lambda a: torch.relu((a * 2) @ weight) + 1)
+    for _ in range(2):  # what was compiled before counts again; the product aside
+        assert compiled_bytes(lambda: [step(x), step(x)]) == 4 * x.nbytes
 
 
 def test_a_gpus_times_are_its_kernels_each_once() -> None:
