@@ -23,7 +23,6 @@ from megawan.models.wan import WanModel, patchify
 from megawan.parallel.kernel import AttentionKernel
 
 OURS, DIFFUSERS, DIFFSYNTH = "ours", "diffusers", "diffsynth"
-ROTARY_POSITIONS = 1024  # each axis of others' rotary tables
 Triple = tuple[Tensor, Tensor, Tensor]
 
 
@@ -112,7 +111,7 @@ def _diffusers(
     config = problem.config
     cls = importlib.import_module("diffusers").WanTransformer3DModel
     with torch.device("meta"):
-        model: nn.Module = cls(
+        model = cls(
             patch_size=config.patch_size,
             num_attention_heads=config.num_heads,
             attention_head_dim=config.head_dim,
@@ -124,14 +123,14 @@ def _diffusers(
             num_layers=config.num_layers,
         )
     # Its rotary tables alone are no parameters.
-    rope: Any = type(model.rope)
-    model.rope = rope(config.head_dim, config.patch_size, ROTARY_POSITIONS).to(inputs.x_t.device)
+    rope = type(model.rope)(config.head_dim, config.patch_size, model.config.rope_max_seq_len)
+    model.rope = rope.to(inputs.x_t.device)
     weights = {to_diffusers(key): value for key, value in source.named_parameters()}
     model.load_state_dict(weights, assign=True)
     if kind.policy == "full":
-        model.enable_gradient_checkpointing(recompute_as(problem))  # type: ignore[operator]
+        model.enable_gradient_checkpointing(recompute_as(problem))
     if kind.compiled:
-        model.compile_repeated_blocks(dynamic=False)  # type: ignore[operator]
+        model.compile_repeated_blocks(dynamic=False)
 
     def loss() -> Tensor:
         with part_of(problem):

@@ -50,8 +50,8 @@ def self_times(step: Callable[[], object], device: torch.device) -> SelfTimes:
 
 
 def sorted_out(events: Iterable[Any], cuda: bool) -> SelfTimes:
-    """Return the self times in the profiler's averages: cuda: of the kernels alone, since their times stand
-    beside the operators that launched them too."""
+    """Return the self times in the profiler's averages; cuda: of the kernels alone, since the operators that
+    launched them show their times again."""
     products, rest = 0.0, dict[str, float]()
     for event in events:
         if cuda and (event.device_type != DeviceType.CUDA or event.is_user_annotation):

@@ -22,7 +22,7 @@ def test_torchs_loader_pins_what_goes_to_the_gpu(image: bool, monkeypatch: pytes
     latents, text, clip, condition = features if image else (*features[:2], None, None)
     batch = Batch(
         latents, text, torch.tensor([4, 5]), torch.tensor([0, 1]), ("a", "b"), clip, condition, imbalance=1.5
-    )  # type: ignore[arg-type]
+    )
     found: Batch = pin_memory(batch)
     for name in ("latents", "text", "clip", "condition"):
         before, after = getattr(batch, name), getattr(found, name)

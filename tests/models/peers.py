@@ -83,6 +83,17 @@ class Inputs:
     condition: Tensor | None = None
     vace: Tensor | None = None
 
+    def to(self, dtype: torch.dtype, device: str = "cpu") -> "Inputs":
+        """Return the inputs in `dtype`; the time has at least float32."""
+        moved = {
+            field.name: value.to(
+                device, torch.promote_types(dtype, torch.float32) if field.name == "timestep" else dtype
+            )
+            for field in dataclasses.fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return dataclasses.replace(self, **moved)
+
     def ours(self, model: WanModel) -> Tensor:
         """Return our velocity [B, C, T, H, W]."""
         return model.velocity(

@@ -3,8 +3,6 @@
 Uncompiled, `precision.on_cpu` alone decides which formulas a block takes.
 """
 
-import dataclasses
-
 import pytest
 import torch
 from torch import Tensor
@@ -14,26 +12,13 @@ from megawan.models import heads, precision
 from megawan.models.attention import BACKENDS
 from megawan.models.recompute import POLICIES
 from megawan.models.wan import WanModel
-from tests.models.peers import Inputs, random_inputs, random_model
-from tests.models.test_wan import KINDS
+from tests.models.peers import Inputs, random_model
+from tests.models.test_wan import KINDS, inputs_for
 
 
-def inputs_for(kind: str) -> Inputs:
-    return random_inputs(KINDS[kind], batch=2, latent=(3, 4, 6), seed=2, clean_frames=int(kind == "ti2v"))
-
-
-def cast(inputs: Inputs, dtype: torch.dtype, device: str = "cpu") -> Inputs:
-    """Return the inputs in `dtype`; the time stays float32 or becomes float64."""
-    values = {field.name: getattr(inputs, field.name) for field in dataclasses.fields(inputs)}
-    times = torch.promote_types(dtype, torch.float32)
-    return Inputs(
-        **{
-            name: value.to(device, times if name == "timestep" else dtype)
-            if isinstance(value, Tensor)
-            else value
-            for name, value in values.items()
-        }
-    )
+@pytest.fixture(params=[False, True], ids=["gate by product", "gate by weight"], autouse=True)
+def gates(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "GATE_BY_WEIGHT_TOKENS", 1 if request.param else 10**9)
 
 
 def results(model: WanModel, inputs: Inputs) -> dict[str, Tensor]:
@@ -43,9 +28,8 @@ def results(model: WanModel, inputs: Inputs) -> dict[str, Tensor]:
     target = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape).to(out.device)
     (out - target).square().mean().backward()
     grads = {name: parameter.grad for name, parameter in model.named_parameters()}
-    missing = [name for name, grad in grads.items() if grad is None]
-    assert not missing
-    return {"": out.detach(), **{name: grad for name, grad in grads.items() if grad is not None}}
+    assert not [name for name, grad in grads.items() if grad is None]
+    return {"": out.detach(), **grads}
 
 
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,14 +37,10 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "on_cpu", lambda x: False)
 
 
-@pytest.mark.parametrize("by_weight", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_gpus_formulas_are_a_cpus_in_double(
-    kind: str, by_weight: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cost, "GATE_BY_WEIGHT_TOKENS", 1 if by_weight else 10**9)
+def test_a_gpus_formulas_are_a_cpus_in_double(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model(KINDS[kind], seed=1).double()
-    inputs = cast(inputs_for(kind), torch.float64)
+    inputs = inputs_for(kind).to(torch.float64)
     expected = results(model, inputs)
     on_a_gpu(monkeypatch)
     for name, value in results(model, inputs).items():
@@ -68,18 +48,16 @@ def test_a_gpus_formulas_are_a_cpus_in_double(
         torch.testing.assert_close(value, expected[name], rtol=0, atol=bound, msg=name or "velocity")
 
 
-@pytest.mark.parametrize("by_weight", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_gpus_formulas_lose_no_more_in_half_precision_than_a_cpus(
-    kind: str, by_weight: bool, monkeypatch: pytest.MonkeyPatch
+    kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The weights of a bfloat16 model are the truth; float64 arithmetic over them gives what to reach."""
-    monkeypatch.setattr(cost, "GATE_BY_WEIGHT_TOKENS", 1 if by_weight else 10**9)
     half = random_model(KINDS[kind], seed=1).bfloat16()
-    inputs = cast(inputs_for(kind), torch.bfloat16)
+    inputs = inputs_for(kind).to(torch.bfloat16)
     truth = WanModel(KINDS[kind]).double()
     truth.load_state_dict(half.state_dict())
-    exact = results(truth, cast(inputs, torch.float64))
+    exact = results(truth, inputs.to(torch.float64))
     cpu = results(half, inputs)
     on_a_gpu(monkeypatch)
     gpu = results(half, inputs)
@@ -94,17 +72,13 @@ def distance(found: dict[str, Tensor], exact: dict[str, Tensor], name: str) -> f
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("by_weight", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_step_off_the_cpu_leaves_nothing_on_it(
-    kind: str, by_weight: bool, policy: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_off_the_cpu_leaves_nothing_on_it(kind: str, policy: str) -> None:
     """torch mixes the meta device with the CPU as little as CUDA, and has its CUDA operators' rules there."""
-    monkeypatch.setattr(cost, "GATE_BY_WEIGHT_TOKENS", 1 if by_weight else 10**9)
     kernel = next(each for each in BACKENDS if each.name == "sdpa_cudnn").kernel("")
     with torch.device("meta"):
         model = WanModel(KINDS[kind], attention=kernel, recompute=policy).bfloat16()
-    found = results(model, cast(inputs_for(kind), torch.bfloat16, "meta"))
+    found = results(model, inputs_for(kind).to(torch.bfloat16, "meta"))
     parameters = dict(model.named_parameters())
     assert found.pop("").dtype == torch.float32
     for name, grad in found.items():

@@ -38,13 +38,6 @@ def inputs_for(kind: str, batch: int = 2) -> Inputs:
     return random_inputs(KINDS[kind], batch=batch, latent=(3, 4, 6), seed=2, clean_frames=int(kind == "ti2v"))
 
 
-def in_double(inputs: Inputs) -> Inputs:
-    values = {field.name: getattr(inputs, field.name) for field in dataclasses.fields(inputs)}
-    return Inputs(
-        **{name: value.double() if isinstance(value, Tensor) else value for name, value in values.items()}
-    )
-
-
 class Produced(TorchDispatchMode):
     """Collects (dtype, numbers) of every tensor that an operation makes."""
 
@@ -101,7 +94,7 @@ def test_float64_agrees_with_float32_and_is_float64_throughout(kind: str) -> Non
     model, inputs = random_model(KINDS[kind], seed=1), inputs_for(kind)
     single = inputs.ours(model)
     with Produced() as produced:
-        double = in_double(inputs).ours(model.double())
+        double = inputs.to(torch.float64).ours(model.double())
         double.mean().backward()
     assert (single - double).abs().max() < 5e-5
     narrow = {
@@ -215,7 +208,7 @@ def test_ti2v_never_builds_modulation_per_token() -> None:
 
 
 def test_clean_frames_at_time_zero_are_plain_time_zero() -> None:
-    model, inputs = random_model(TI2V, seed=1).double(), in_double(inputs_for("ti2v"))
+    model, inputs = random_model(TI2V, seed=1).double(), inputs_for("ti2v").to(torch.float64)
     zero = replace(inputs, timestep=torch.zeros(2, dtype=torch.float64))
     torch.testing.assert_close(
         zero.ours(model), replace(zero, clean_frames=0).ours(model), rtol=0, atol=1e-12
@@ -223,7 +216,7 @@ def test_clean_frames_at_time_zero_are_plain_time_zero() -> None:
 
 
 def test_without_clean_frames_all_tokens_have_the_time() -> None:
-    model, inputs = random_model(TI2V, seed=1).double(), in_double(inputs_for("ti2v"))
+    model, inputs = random_model(TI2V, seed=1).double(), inputs_for("ti2v").to(torch.float64)
     plain = replace(inputs, clean_frames=0)
     # All frames but none of them noisy: the row of t is used by no token, and vice versa.
     all_clean = replace(inputs, clean_frames=3, timestep=torch.full((2,), 700.0, dtype=torch.float64))
@@ -282,7 +275,7 @@ class OneOfMany:
 @pytest.mark.parametrize("size", [1, 2, 4, 5, 7])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_rank_gives_its_tokens_of_the_whole(kind: str, size: int) -> None:
-    model, inputs = random_model(KINDS[kind], seed=1).double(), in_double(inputs_for(kind))
+    model, inputs = random_model(KINDS[kind], seed=1).double(), inputs_for(kind).to(torch.float64)
     recorder = Recorder()
     extra = {
         "clean_frames": inputs.clean_frames,
