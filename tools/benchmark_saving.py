@@ -12,7 +12,7 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,12 +22,12 @@ import torch
 from tqdm import tqdm
 
 from megawan import checkpoint, dist
+from megawan.benchmark.disk import BLOCK, plain_write
 from megawan.checkpoint import MOMENTS, CheckpointOptions, Fragment
 from megawan.cli import UserError, parse, run
 from megawan.saving import Saver
 
 PROG = "tools/benchmark_saving.py"
-BLOCK = 2**24
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def measure(folder: Path, options: Options) -> None:
         if saved.problem:
             raise UserError(f"--folder: {saved.problem}")
         plain = folder / "plain"
-        seconds = [saved.copy_seconds, saved.write_seconds, plain_write(plain, pieces)]
+        seconds = [saved.copy_seconds, saved.write_seconds, plain_write(plain, contents(pieces))]
         forget(*saved.folder.iterdir(), plain)
         seconds += [*load(saved.folder, pieces), plain_read(plain)]
         shutil.rmtree(saved.folder)
@@ -148,17 +148,11 @@ def plain_read(file: Path) -> float:
     return seconds
 
 
-def plain_write(file: Path, pieces: Sequence[Fragment]) -> float:
-    """Return the seconds that one file of these bytes takes with its fsync."""
-    began = time.perf_counter()
-    with file.open("wb") as opened:
-        for piece in pieces:
-            content = piece.values.view(torch.uint8).numpy().data
-            for place in range(0, len(content), BLOCK):
-                opened.write(content[place : place + BLOCK])
-        opened.flush()
-        os.fsync(opened.fileno())
-    return time.perf_counter() - began
+def contents(pieces: Sequence[Fragment]) -> Iterator[memoryview]:
+    """Yield the bytes of the pieces in blocks."""
+    for piece in pieces:
+        content = piece.values.view(torch.uint8).numpy().data
+        yield from (content[start : start + BLOCK] for start in range(0, len(content), BLOCK))
 
 
 if __name__ == "__main__":

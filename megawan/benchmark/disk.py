@@ -4,6 +4,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -46,8 +47,10 @@ def export_and_convert(folder: Path, gib: float, repetitions: int) -> Table:
             files = write_weights(source, source.config, place / "native", "native", torch.bfloat16, {})
             export = time.perf_counter() - began
             size = sum(file.stat().st_size for file in files)
-            plain = _plain_write(place / "plain", size)
-            copied = _plain_copy(files, place / "plain")
+            plain = plain_write(place / "plain", _random_blocks(size))
+            (place / "plain").unlink()
+            copied = plain_write(place / "plain", _blocks_of(files))
+            (place / "plain").unlink()
             began = time.perf_counter()
             opened = open_weights(place / "native", source.config)
             write_weights(opened, source.config, place / "other", "diffusers", torch.bfloat16, {})
@@ -73,28 +76,25 @@ def export_and_convert(folder: Path, gib: float, repetitions: int) -> Table:
     return table
 
 
-def _plain_write(file: Path, size: int) -> float:
-    block = torch.randint(0, 256, (BLOCK,), dtype=torch.uint8).numpy().data
+def plain_write(file: Path, blocks: Iterable[bytes | memoryview]) -> float:
+    """Return the seconds that writing these blocks to one file takes with its fsync, and with making or
+    reading them where the iterable does that as it goes."""
     began = time.perf_counter()
     with file.open("wb") as out:
-        for start in range(0, size, BLOCK):
-            out.write(block[: min(BLOCK, size - start)])
+        for block in blocks:
+            out.write(block)
         out.flush()
         os.fsync(out.fileno())
-    seconds = time.perf_counter() - began
-    file.unlink()
-    return seconds
+    return time.perf_counter() - began
 
 
-def _plain_copy(files: list[Path], target: Path) -> float:
-    began = time.perf_counter()
-    with target.open("wb") as out:
-        for file in files:
-            with file.open("rb") as opened:
-                while block := opened.read(BLOCK):
-                    out.write(block)
-        out.flush()
-        os.fsync(out.fileno())
-    seconds = time.perf_counter() - began
-    target.unlink()
-    return seconds
+def _random_blocks(size: int) -> Iterator[bytes | memoryview]:
+    block = torch.randint(0, 256, (min(BLOCK, size),), dtype=torch.uint8).numpy().data
+    return (block[: min(BLOCK, size - start)] for start in range(0, size, BLOCK))
+
+
+def _blocks_of(files: list[Path]) -> Iterator[bytes | memoryview]:
+    for file in files:
+        with file.open("rb") as opened:
+            while block := opened.read(BLOCK):
+                yield block

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megawan.benchmark.report import Table
 from megawan.benchmark.timing import Spread, interleaved, paired_ratio
-from megawan.benchmark.traffic import moved_bytes
+from megawan.benchmark.traffic import compiled_bytes, moved_bytes
 from megawan.hardware import peak_flops
 from megawan.models.attention import BACKENDS, select_attention
 from megawan.models.gates import gated_add
@@ -133,14 +133,13 @@ def elementwise(device: torch.device, dtype: torch.dtype, repetitions: int, warm
             base = seconds[f"{name}: formula"]
             for way in ("formula", "ours", "ours compiled"):
                 own = seconds[f"{name}: {way}"]
+                moved = compiled_bytes if "compiled" in way else moved_bytes
                 table.rows.append(
                     {
                         "operation": f"{name}: {way}",
                         "ms": 1e3 * Spread.of(own).median,
                         "passes by time": 2 * Spread.of(own).median / copy,
-                        "passes by bytes": ""
-                        if "compiled" in way
-                        else moved_bytes(calls[f"{name}: {way}"]) / vector,
+                        "passes by bytes": moved(calls[f"{name}: {way}"]) / vector,
                         "/ formula": paired_ratio(own, base).median,
                     }
                 )
