@@ -74,7 +74,8 @@ class ModelOptions:
     offload_activations: bool = False
     """Hold what recomputed blocks keep in CPU memory until their backward pass."""
     compile: bool = False
-    """torch.compile every block; the first step takes a minute or more, once for each video size."""
+    """torch.compile every block: in bf16 half of its memory traffic between matrix products. The first step
+    takes a minute or more, once for each video size."""
     attention: str = "auto"
     """Attention kernel; auto picks the best one present and the start-up lines say which."""
 
