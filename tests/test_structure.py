@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.test_mutations import MUTATIONS
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "megawan"
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -249,6 +251,13 @@ for path in sys.argv[1:]:
     runpy.run_path(path)
     assert not slow & set(sys.modules), f"{path} imports {slow & set(sys.modules)}"
 """
+
+
+def test_what_the_mutations_take_out_stands_in_the_source() -> None:
+    """`pytest -m faults` runs seldom; whoever moves a guard should hear of it before."""
+    places = {name: (file, old) for name, (file, old, _, _) in MUTATIONS.items()}
+    moved = [name for name, (file, old) in places.items() if (ROOT / file).read_text("utf-8").count(old) != 1]
+    assert moved == [], "tests/faults/test_mutations.py names lines of these that are no longer there"
 
 
 def test_help_and_mistakes_wait_for_no_slow_import() -> None:

@@ -83,6 +83,11 @@ def references() -> dict[bool, Reference]:
     }
 
 
+def test_the_reference_holds_samples_out_only_where_asked() -> None:
+    """As tests/grid, which runs seldom, does not."""
+    assert not reference_run(plan_of(1, *COMMON, "--validation.every=0", "--micro_batch=4")).held_out
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_every_layout_trains_the_reference_run(
     name: str, trained: dict[str, Any], references: dict[bool, Reference]

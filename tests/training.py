@@ -37,7 +37,7 @@ class Reference:
     masters: dict[str, Tensor]
     exp_avg: dict[str, Tensor]
     held_out: dict[str, float]
-    """What validation says of the weights after the last step."""
+    """What validation says of the weights after the last step; nothing where no samples are held out."""
 
 
 def reference_run(plan: Plan) -> Reference:
@@ -103,7 +103,7 @@ def reference_run(plan: Plan) -> Reference:
         grad_norms,
         {name: parameter.detach() for name, parameter in model.named_parameters()},
         {name: optimizer.state[parameter]["exp_avg"] for name, parameter in model.named_parameters()},
-        reference_validation(model, plan),
+        {} if plan.held_out is None else reference_validation(model, plan),
     )
 
 
