@@ -122,7 +122,7 @@ def test_a_gpus_times_are_its_kernels_each_once() -> None:
     assert profiling.sorted_out(launched, cuda=False).products == 7.0
 
 
-def test_ratios_are_taken_within_a_round() -> None:
+def test_ratios_are_taken_within_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = list[str]()
     names = ("a", "b", "c")
     timing.interleaved(
@@ -132,6 +132,13 @@ def test_ratios_are_taken_within_a_round() -> None:
         device=CPU,
     )
     assert ["".join(calls[i : i + 3]) for i in range(0, 12, 3)] == ["abc", "bca", "cab", "abc"]
+    clock = iter(range(100))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
+    calls.clear()
+    seconds = timing.interleaved(
+        {"a": lambda: calls.append("a")}, repetitions=2, warm_up=0, device=CPU, at_least=3
+    )
+    assert (len(calls), seconds) == (6, {"a": [1.0, 1.0]})  # three seconds of one call each, a round
     # Twice as slow throughout, on a machine that slows down tenfold half way.
     assert timing.paired_ratio([2, 2, 20, 20], [1, 1, 10, 10]) == timing.Spread(2, 2, 2)
 

@@ -22,6 +22,8 @@ GPU_ATTENTION = ((32_760, 12), (32_760, 5), (75_600, 5))
 CPU_ATTENTION = ((2_048, 12),)
 GPU_WIDTHS = ((32_760, 1536), (4_680, 5120))
 CPU_WIDTHS = ((4_096, 1536),)
+AT_LEAST = {"cuda": 0.2, "cpu": 0.0}
+"""Seconds of one product or attention in a row, see `timing.interleaved`."""
 
 
 def attention(device: torch.device, dtype: torch.dtype, repetitions: int, warm_up: int) -> list[Table]:
@@ -46,7 +48,10 @@ def attention(device: torch.device, dtype: torch.dtype, repetitions: int, warm_u
                 continue
             calls[f"{name} forward"] = _forward(kernel, q, k, v)
             calls[f"{name} both"] = _both(kernel, q, k, v)
-        seconds = interleaved(calls, repetitions=repetitions, warm_up=warm_up, device=device)
+        at_least = AT_LEAST[device.type]
+        seconds = interleaved(
+            calls, repetitions=repetitions, warm_up=warm_up, device=device, at_least=at_least
+        )
         forward_flops = 4 * tokens * tokens * heads * 128
         for name in {name.rpartition(" ")[0]: None for name in calls}:
             forward = Spread.of(seconds[f"{name} forward"]).median
@@ -160,13 +165,16 @@ def products(device: torch.device, dtype: torch.dtype, repetitions: int, warm_up
     """Return what the matrix products of a block reach alone: the roof under every step."""
     table = Table(f"Matrix products alone, {str(dtype).removeprefix('torch.')}")
     sizes = ((32_760, 1536, 8960), (32_760, 3072, 14336), (4_680, 5120, 13824))
+    at_least = AT_LEAST[device.type]
     for rows, inner, columns in (
         sizes if device.type == "cuda" else ((2_048, 1536, 8960), (2_048, 1536, 1536))
     ):
         a = torch.randn(rows, inner, device=device, dtype=dtype)
         b = torch.randn(columns, inner, device=device, dtype=dtype)
         call = {"product": lambda: torch.nn.functional.linear(a, b)}  # noqa: B023
-        seconds = interleaved(call, repetitions=repetitions, warm_up=warm_up, device=device)["product"]
+        seconds = interleaved(
+            call, repetitions=repetitions, warm_up=warm_up, device=device, at_least=at_least
+        )["product"]
         rate = 2 * math.prod((rows, inner, columns)) / Spread.of(seconds).median
         row = {"rows x inner x columns": f"{rows} x {inner} x {columns}", "TFLOP/s": rate / 1e12}
         peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None

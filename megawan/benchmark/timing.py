@@ -36,22 +36,26 @@ def interleaved(
     warm_up: int,
     device: torch.device,
     tick: Callable[[], None] = lambda: None,
+    at_least: float = 0.0,
 ) -> dict[str, list[float]]:
     """Return the seconds of each call in each of `repetitions` rounds, after `warm_up` rounds that are not
     counted.
 
-    Each round begins with another arm, so that none always follows the same one. `tick` is called after each
-    round.
+    Each round begins with another arm, so that none is always the first. `tick` is called after each round.
+    at_least: seconds for which a round repeats each call, and takes the mean: a GPU at its power limit runs
+    the first milliseconds after a light kernel faster, and those after a heavy one slower.
     """
     names, seconds = list(calls), {name: list[float]() for name in calls}
     for number in range(warm_up + repetitions):
         for name in rotated(names, number):
             _wait(device)
-            began = time.perf_counter()
-            calls[name]()
-            _wait(device)
+            began, passed, times = time.perf_counter(), 0.0, 0
+            while times == 0 or passed < at_least:
+                calls[name]()
+                _wait(device)
+                passed, times = time.perf_counter() - began, times + 1
             if number >= warm_up:
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append(passed / times)
         tick()
     return seconds
 
