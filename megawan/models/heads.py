@@ -64,6 +64,27 @@ class _NormedHeads(torch.autograd.Function):
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None, None, None, None
 
 
+def zero_sum(k: Tensor) -> Tensor:
+    """Return k [B, S, N, K] as it is; its gradient [B, S, N, K] sums to zero over the keys.
+
+    For all keys of an attention without a mask, of which that is true: one vector added to each of them
+    changes no softmax. The kernel's gradient misses it by the rounding of the attention's result, and a bias
+    before the norm, whose own terms all but cancel, would collect what is left.
+    """
+    return _ZeroSum.apply(k)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _ZeroSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, k: Tensor) -> Tensor:
+        return k.view_as(k)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        mean = grad.mean(1, keepdim=True, dtype=torch.promote_types(grad.dtype, torch.float32))
+        return (grad - mean).to(grad.dtype)
+
+
 def _split(x: Tensor, parts: int) -> Tensor:
     """Return x with its last axis in `parts`."""
     return x.reshape(*x.shape[:-1], parts, -1)

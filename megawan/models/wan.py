@@ -23,7 +23,7 @@ from megawan import cost
 from megawan.models.attention import select_attention
 from megawan.models.compiling import compile_each_size
 from megawan.models.gates import GATE_CODE
-from megawan.models.heads import RMSNorm
+from megawan.models.heads import RMSNorm, zero_sum
 from megawan.models.precision import LayerNorm, TanhGELU, WideLinear, modulated_norm, wide
 from megawan.models.recompute import Keep, parse_recompute
 from megawan.models.rope import RopeTables
@@ -180,11 +180,11 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, text: Tensor, image: Tensor | None, kernel: Attention, keep: Keep) -> Tensor:
         """Return [B, l, D] from x [B, l, D], text [B, S, D] and image [B, rows, D] or None."""
         q = self.norm_q(keep.linear(self.q, x), self.heads)
-        k = self.norm_k(keep.linear(self.k, text), self.heads)
+        k = zero_sum(self.norm_k(keep.linear(self.k, text), self.heads))
         v = split_heads(keep.linear(self.v, text), self.heads)
         out = keep.cross_attention(q, k, v, kernel)
         if image is not None:
-            k = self.norm_k_img(keep.linear(self.k_img, image), self.heads)
+            k = zero_sum(self.norm_k_img(keep.linear(self.k_img, image), self.heads))
             v = split_heads(keep.linear(self.v_img, image), self.heads)
             out = out + keep.cross_attention(q, k, v, kernel)
         return keep.linear(self.o, out.flatten(2))
