@@ -42,8 +42,8 @@ def interleaved(
     counted.
 
     Each round begins with another arm, so that none is always the first. `tick` is called after each round.
-    at_least: seconds for which a round repeats each call, and takes the mean: a GPU at its power limit runs
-    the first milliseconds after a light kernel faster, and those after a heavy one slower.
+    at_least: seconds for which a round repeats each call, and takes the mean: on a GPU the rate of a single
+    call of milliseconds depended on the call before it, as at a power limit.
     """
     names, seconds = list(calls), {name: list[float]() for name in calls}
     for number in range(warm_up + repetitions):
