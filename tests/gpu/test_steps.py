@@ -31,6 +31,17 @@ def on_gpu(kind: str, source: WanModel, policy: str, compiled: bool, name: str) 
     return {name: value.cpu() for name, value in found.items()}
 
 
+def check_in_double(kind: str, policy: str, compiled: bool) -> None:
+    """Compare a GPU's velocity and gradients with the CPU's, of the same float64 model."""
+    source = random_model(KINDS[kind], seed=1).double()
+    expected = results(source, inputs_for(kind).to(torch.float64))
+    found = on_gpu(kind, source, policy, compiled, "math")
+    shapes, wanted = ({name: (x.shape, x.dtype) for name, x in each.items()} for each in (found, expected))
+    assert shapes == wanted
+    errors = {name: float((found[name] - x).abs().max() / x.abs().max()) for name, x in expected.items()}
+    assert not {name: error for name, error in errors.items() if not error <= 1e-11}
+
+
 @pytest.mark.parametrize("gate", [1, 10**9], ids=["gate by weight", "gate by product"])
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("kind", KINDS)
@@ -38,24 +49,14 @@ def test_in_double_a_gpus_step_is_a_cpus(
     kind: str, policy: str, gate: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cost, "GATE_BY_WEIGHT_TOKENS", gate)
-    source = random_model(KINDS[kind], seed=1).double()
-    expected = results(source, inputs_for(kind).to(torch.float64))
-    for name, value in on_gpu(kind, source, policy, False, "math").items():
-        bound = 1e-11 * float(expected[name].abs().max())
-        torch.testing.assert_close(value, expected[name], rtol=0, atol=bound, msg=name or "velocity")
+    check_in_double(kind, policy, compiled=False)
 
 
 @pytest.mark.parametrize(("kind", "policy"), [("t2v", "none"), ("ti2v", "selective"), ("vace", "attention")])
 @pytest.mark.timeout(600)
 def test_in_double_a_compiled_step_is_a_cpus(kind: str, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cost, "GATE_BY_WEIGHT_TOKENS", 1)
-    source = random_model(KINDS[kind], seed=1).double()
-    expected = results(source, inputs_for(kind).to(torch.float64))
-    errors = {
-        name: float((value - expected[name]).abs().max() / expected[name].abs().max())
-        for name, value in on_gpu(kind, source, policy, True, "math").items()
-    }
-    assert not {name: error for name, error in errors.items() if not error <= 1e-11}
+    check_in_double(kind, policy, compiled=True)
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
