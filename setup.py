@@ -33,7 +33,7 @@ setup(
         "deepspeed>=0.19.6",  # below: ZeRO-3 with recompute and sequence-parallel checkpoints are wrong
         "transformers>=5.3",  # below: CVE-2026-4372
         "diffusers>=0.36",  # AutoencoderKLWan for both VAEs
-        "av>=14",
+        "av>=17",  # below: no colour conversion on one thread
         "tyro>=0.9",
         "einops>=0.8",
         "safetensors>=0.5",

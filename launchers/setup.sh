@@ -56,8 +56,10 @@ if [[ ! -x "$bin" ]]; then
 fi
 rm -f "$stamp"
 say "installing torch (on a machine with GPUs: several gigabytes, minutes)"
-install torch -c "$root/constraints.txt"
+install --no-compile torch -c "$root/constraints.txt"
 say "installing the rest and megawan itself"
-install -c "$root/constraints.txt" -e "${root}[dev]"
+install --no-compile -c "$root/constraints.txt" -e "${root}[dev]"
+# pip would compile 13,000 modules on one core, a minute. One of torch's is for a newer Python, and may fail.
+"$bin" -m compileall -q -j 0 "$root/.venv/lib" >/dev/null || true
 printf '%s\n' "$wanted" >"$stamp"
 say "done: . \"$root/.venv/bin/activate\", or run launchers/quickstart.sh"

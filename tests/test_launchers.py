@@ -581,7 +581,7 @@ case "$1" in
     -m) if [[ "$2" == venv ]]; then
             mkdir -p "${@: -1}/bin" && cp "$0" "${@: -1}/bin/python"
         else
-            printf '%s\\n' "$*" >>"$HOME/pip"
+            printf '%s\\n' "$*" >>"$HOME/$2"
         fi ;;
     -V) echo Python 3.11.9 ;;
     *) exit "${STUB_ANSWER:-0}" ;;
@@ -607,6 +607,8 @@ def test_setup_installs_torch_first_and_only_once(tmp_path: Path) -> None:
     constraints = f"-c {root}/constraints.txt"
     assert len(calls) == 2
     assert calls[0].endswith(f"torch {constraints}") and calls[1].endswith(f"{constraints} -e {root}[dev]")
+    assert all("--no-compile" in call for call in calls)  # since on all cores
+    assert (tmp_path / "compileall").read_text() == f"-m compileall -q -j 0 {root}/.venv/lib\n"
 
     again = run(command, env, Path("/"))
     assert again.returncode == 0 and "up to date" in again.stdout

@@ -392,6 +392,8 @@ def _video(path: Path, file: BinaryIO) -> Iterator[Picture]:
             legal = "legal: mp4, mov, mkv, webm, avi, gif, flv, wmv"
             raise BadClip(path, f"is no video that can be opened ({_said(error)}; {legal})") from None
         coming = _coming(container, stream)
+        # One for all frames: a frame's own would set up FFmpeg's scaler and its threads anew.
+        reformatter = av.video.reformatter.VideoReformatter()
         moves = container.format.name != "gif"
         # FFmpeg's own VP8 and VP9 decoders leave the transparency out.
         hidden = UNREAD if stream.metadata.get("alpha_mode") == "1" else ""
@@ -408,7 +410,7 @@ def _video(path: Path, file: BinaryIO) -> Iterator[Picture]:
                 if picture.is_corrupt:
                     raise BadClip(path, f"has a damaged frame, number {count}")
                 seen = float(picture.time) if picture.time is not None else count * period
-                shown = _square(path, _rgb_of(picture), stream.sample_aspect_ratio)
+                shown = _square(path, _rgb_of(picture, reformatter), stream.sample_aspect_ratio)
                 pixels = np.ascontiguousarray(_upright(shown, picture))
                 remark = _remark(picture) or hidden
             except BadClip:
@@ -433,12 +435,13 @@ def _video(path: Path, file: BinaryIO) -> Iterator[Picture]:
         yield Picture(held[0], held[1], held[1] + period, still=count == 1 and not moves, remark=held[2])
 
 
-def _rgb_of(picture: Any) -> Frames:
+def _rgb_of(picture: Any, reformatter: Any) -> Frames:
     """Return the frame's colours, by FFmpeg in its own matrix and range; transparent is white."""
-    if any(component.is_alpha for component in picture.format.components):
-        return _on_white(picture.to_ndarray(format="rgba"))
-    pixels: Frames = picture.to_ndarray(format="rgb24")
-    return pixels
+    clear = any(component.is_alpha for component in picture.format.components)
+    pixels: Frames = reformatter.reformat(
+        picture, format="rgba" if clear else "rgb24", threads=1
+    ).to_ndarray()
+    return _on_white(pixels) if clear else pixels
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:

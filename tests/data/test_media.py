@@ -111,6 +111,33 @@ def test_colours_are_those_of_the_files_own_matrix_and_range(
     assert [note.startswith(remark) for note in look(path, None).remarks] == [True] * bool(remark)
 
 
+def test_colours_follow_a_stream_that_changes_on_the_way(tmp_path: Path) -> None:
+    """Its size, its matrix and its range, as of two cameras: each frame is as FFmpeg gives it alone."""
+    path, parts = tmp_path / "a.mkv", [((64, 48), "709", True, (1, 2)), ((96, 32), "601", False, (5, 1))]
+    with av.open(str(path), "w") as container:
+        stream, packets = container.add_stream("libx264", rate=16), []
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv444p"
+        for (width, height), matrix, full, tags in parts:
+            context: Any = av.CodecContext.create("libx264", "w")
+            context.width, context.height, context.pix_fmt = width, height, "yuv444p"
+            context.time_base, context.options = Fraction(1, 16), {"crf": "0", "bf": "0"}
+            context.colorspace, context.color_range = tags
+            for frame in yuv_frames(matrix, full, 8):
+                small = frame.reformat(width=width, height=height)
+                small.pts, small.colorspace, small.color_range = len(packets), *tags
+                packets += context.encode(small)
+            packets += context.encode(None)
+        for number, packet in enumerate(packets):
+            packet.stream, packet.pts, packet.dts, packet.time_base = stream, number, number, Fraction(1, 16)
+            container.mux(packet)
+    with av.open(str(path)) as container:
+        alone = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    found = [picture.pixels for picture in pictures(path, None)]
+    assert [x.shape for x in found] == [(48, 64, 3)] * 5 + [(32, 96, 3)] * 5
+    assert all(np.array_equal(x, y) for x, y in zip(found, alone, strict=True))
+    assert max(np.abs(x.astype(int) - COLOUR).max() for x in found) <= 4
+
+
 @pytest.mark.parametrize(
     ("name", "codec", "aspect", "size"),
     [
