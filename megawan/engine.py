@@ -148,14 +148,34 @@ def initialize(
     config = dict(resolved.config)
     if resolved.zero_stage == 0:
         config["gradient_clipping"] = 0.0  # stage 0 clips without telling the norm: optimizer_step does it
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=optimizer,
-        lr_scheduler=build_schedule(optimizer, options, steps),
-        config=config,
-        dist_init_required=False,
-    )
+    with _nothing_compiled():
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            lr_scheduler=build_schedule(optimizer, options, steps),
+            config=config,
+            dist_init_required=False,
+        )
     return engine
+
+
+@contextlib.contextmanager
+def _nothing_compiled() -> Iterator[None]:
+    """While it is entered, `torch.compile` returns the function that it is given.
+
+    To see whether it knows an optimizer, DeepSpeed imports its Muon, which compiles its functions: for that
+    torch would import its whole compiler, a second of each rank's start, to no use.
+    """
+    switch = "TORCHDYNAMO_DISABLE"
+    before = os.environ.get(switch)
+    os.environ[switch] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[switch]
+        else:
+            os.environ[switch] = before
 
 
 def true_shapes(model: nn.Module) -> Shapes:

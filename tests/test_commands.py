@@ -261,6 +261,8 @@ def test_a_variant_with_image_conditions_trains(variant: str, tmp_path: Path) ->
     assert done.code == 0 and "step 1/1 | loss" in done.out, done.err[-3000:]
     assert {"deepspeed", "tensorboard"} <= imported(done)
     assert not {"transformers", "diffusers"} & imported(done)  # seconds, and thousands of files on every rank
+    assert "torch._dynamo.convert_frame" in done.err  # comes with torch's optimizers
+    assert "torch._inductor.compile_fx" not in done.err  # another second
 
 
 def test_samples_without_what_the_variant_takes_are_refused(job: Path) -> None:
