@@ -335,9 +335,13 @@ class FillingStore(StoredSamples):
         row = self._rows[index]
         if "shard" not in row:
             # The file of one sample is removed after its shard has appeared, so it is looked for first.
+            file = self.folder.samples / f"{row['key']}.safetensors"
             try:
-                tensors, _ = _read_tensors(self.folder.samples / f"{row['key']}.safetensors")
-            except (SafetensorError, OSError):
+                tensors, _ = _read_tensors(file)
+            except (SafetensorError, OSError, RuntimeError) as error:
+                # It is opened twice: where it goes in between, torch has a RuntimeError.
+                if isinstance(error, RuntimeError) and file.exists():
+                    raise
                 self._look_for_shards()
             else:
                 return Sample(

@@ -207,6 +207,28 @@ def test_readers_get_the_samples_of_the_finished_store_while_it_fills(
     assert torch.equal(filled[0].latents, finished[0].latents)
 
 
+def test_a_sample_whose_file_goes_while_it_is_opened_is_read_from_its_shard(
+    media: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """safetensors opens a file, reads its header and lets torch open it again."""
+    job = Job(media, tmp_path / "store")
+    job.show()
+    filled, finished = FillingStore(job.folder, Watch(job.folder, 30, "token")), LatentStore(prepared)
+    job.fill()
+    file = job.folder.samples / f"{job.rows[0]['key']}.safetensors"
+    file.parent.mkdir()
+    write_tensors(file, {"latents": torch.zeros(1), "text": torch.zeros(1)}, {})
+    opened_again = torch.UntypedStorage.from_file
+
+    def gone(*words: Any, **more: Any) -> Any:
+        file.unlink(missing_ok=True)
+        return opened_again(*words, **more)
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", gone)
+    assert torch.equal(filled[0].latents, finished[0].latents)
+    assert not file.exists()
+
+
 @pytest.mark.parametrize("ahead", [1, 5])
 def test_no_more_than_asked_is_encoded_ahead_and_the_step_itself_never_waits(
     ahead: int, media: Path, tmp_path: Path
