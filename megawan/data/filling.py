@@ -335,13 +335,9 @@ class FillingStore(StoredSamples):
         row = self._rows[index]
         if "shard" not in row:
             # The file of one sample is removed after its shard has appeared, so it is looked for first.
-            file = self.folder.samples / f"{row['key']}.safetensors"
             try:
-                tensors, _ = _read_tensors(file)
-            except (SafetensorError, OSError, RuntimeError) as error:
-                # It is opened twice: where it goes in between, torch has a RuntimeError.
-                if isinstance(error, RuntimeError) and file.exists():
-                    raise
+                tensors, _ = _read_tensors(self.folder.samples / f"{row['key']}.safetensors")
+            except (SafetensorError, OSError):
                 self._look_for_shards()
             else:
                 return Sample(
@@ -595,11 +591,17 @@ def _write_sample(file: Path, tensors: Mapping[str, Tensor], row: Mapping[str, A
 
 
 def _read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return a sample's tensors in their order, and what the index will say of it."""
-    with safe_open(file, framework="pt") as opened:
-        header = json.loads((opened.metadata() or {}).get(FORMAT, "{}"))
-        names = header.get("names") or opened.keys()
-        return {name: opened.get_tensor(name).clone() for name in names}, header.get("row", {})
+    """Return a sample's tensors in their order, and what the index will say of it. Raises FileNotFoundError
+    also where the file goes meanwhile."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            header = json.loads((opened.metadata() or {}).get(FORMAT, "{}"))
+            names = header.get("names") or opened.keys()
+            return {name: opened.get_tensor(name).clone() for name in names}, header.get("row", {})
+    except RuntimeError as error:  # torch opens the file a second time, and says so where it has gone
+        if file.exists():
+            raise
+        raise FileNotFoundError(str(error)) from None
 
 
 def other_filler(folder: Folder, beats: int = 4) -> str | None:
