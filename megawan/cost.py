@@ -545,12 +545,10 @@ def ring_bytes(
 def ring_backward_bytes(
     shape: ModelShape, tokens: int, ulysses_degree: int, ring_degree: int, *, bytes_per_element: int = 2
 ) -> int:
-    """Return the bytes one rank sends in one block's backward: keys and values again, ring_degree − 1 times,
-    and their gradients in float32 (or wider elements as they are), ring_degree times."""
-    if ring_degree == 1:
-        return 0
+    """Return the bytes one rank sends in one block's backward: keys and values again and their gradients in
+    float32 (or wider elements as they are), each ring_degree − 1 times."""
     local = local_tokens(tokens, ulysses_degree * ring_degree) * shape.dim
-    gradients = 2 * local * max(4, bytes_per_element) * ring_degree
+    gradients = 2 * local * max(4, bytes_per_element) * (ring_degree - 1)
     return gradients + ring_bytes(
         shape, tokens, ulysses_degree, ring_degree, bytes_per_element=bytes_per_element
     )

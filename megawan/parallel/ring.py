@@ -3,7 +3,7 @@
 Attention to a block gives (out, lse); the blocks merge exactly by their log-sum-exps. Without a causal mask
 every block costs the same, so contiguous blocks are balanced. (Liu et al. 2023, arXiv:2310.01889.) A
 forward sends 2 (L/P)·D numbers P − 1 times; a backward the same again and the gradients of keys and values,
-in float32, P times.
+in float32, as often.
 Letters: B batch, l this rank's tokens, N heads, K head width, P ranks.
 """
 
@@ -96,30 +96,35 @@ def ring_backward(
     group: dist.ProcessGroup,
     lengths: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (dq, dk, dv) of this rank's q, k and v, from `ring_forward`'s out and lse."""
+    """Return (dq, dk, dv) of this rank's q, k and v, from `ring_forward`'s out and lse; two ranks or more."""
     rank, size = group.rank(), group.size()
     wide = torch.promote_types(q.dtype, torch.float32)
-    dq = torch.zeros_like(q, dtype=wide)
-    dout, block = dout.contiguous(), torch.stack((k, v))
-    travelling: _Exchange | None = None
-    for step in range(size):
-        arriving = None
+    dq, dout, own = torch.zeros_like(q, dtype=wide), dout.contiguous(), torch.stack((k, v))
+
+    def gradient(block: Tensor) -> Tensor:
+        """Add to dq; return what this rank's queries give the block's keys and values."""
+        if not block.shape[2] or not q.shape[1]:
+            return torch.zeros_like(block, dtype=wide)
+        dq_part, dk_part, dv_part = kernel.backward(dout, q, block[0], block[1], out, lse)
+        dq.add_(dq_part)
+        return torch.stack((dk_part, dv_part)).to(wide)
+
+    # The own block comes last: its gradient starts at the next rank, needs size − 1 steps home and makes the
+    # last of them while this rank attends.
+    arriving = _Exchange(own, lengths[(rank - 1) % size], group, VALUES)
+    found: _Exchange | None = None
+    for step in range(1, size):
+        block, following = arriving.wait(), lengths[(rank - step - 1) % size]
         if step + 1 < size:
-            arriving = _Exchange(block, lengths[(rank - step - 1) % size], group, VALUES)
-        if lengths[rank] and lengths[(rank - step) % size]:
-            dq_part, dk_part, dv_part = kernel.backward(dout, q, block[0], block[1], out, lse)
-            dq += dq_part
-            dblock = torch.stack((dk_part, dv_part)).to(wide)
-        else:
-            dblock = torch.zeros_like(block, dtype=wide)
-        if travelling is not None:  # what the ranks before this one found for the same block
-            dblock += travelling.wait()
-        # The gradient of a block goes one step further than the block: after `size` steps it is at home.
-        travelling = _Exchange(dblock, lengths[(rank - step - 1) % size], group, GRADIENTS)
-        if arriving is not None:
-            block = arriving.wait()
-    assert travelling is not None
-    dk, dv = travelling.wait().to(k.dtype)
+            arriving = _Exchange(block, following, group, VALUES)
+        dblock = gradient(block)
+        if found is not None:  # what the ranks before this one found for the same block
+            dblock += found.wait()
+        found = _Exchange(dblock, following, group, GRADIENTS)
+    dblock = gradient(own)
+    if found is not None:
+        dblock += found.wait()
+    dk, dv = dblock.to(k.dtype)
     return dq.to(q.dtype), dk, dv
 
 

@@ -161,7 +161,7 @@ def test_ulysses_equals_deepspeeds(group: tuple[int, list[dict[str, Any]]]) -> N
 def test_bytes_on_the_wire(group: tuple[int, list[dict[str, Any]]]) -> None:
     """4 (L/U)·D/R·(U−1)/U for the all-to-alls of a block of L/R, plus 2 (L/P)·D·(R−1) for the ring.
 
-    The gradients of keys and values travel R times in float32. All in numbers; the padded length counts for
+    The gradients of keys and values travel as often, in float32. All in numbers; the padded length counts for
     Ulysses, and a ring sends no padding.
     """
     world_size, ranks = group
@@ -176,7 +176,7 @@ def test_bytes_on_the_wire(group: tuple[int, list[dict[str, Any]]]) -> None:
             around = 2 * local * width
             for rank in found:
                 assert rank["forward"] == ulysses + around * (r - 1) * size
-                assert rank["backward"] == ulysses + around * ((r - 1) * size + (r > 1) * r * 4)
+                assert rank["backward"] == ulysses + around * (r - 1) * (size + 4)
         else:  # a ring of one group passes on every true token r - 1 times, split over the heads of ulysses
             groups = world_size // (u * r)
             total = sum(rank["forward"] for rank in found)
