@@ -99,29 +99,29 @@ def ring_backward(
     """Return (dq, dk, dv) of this rank's q, k and v, from `ring_forward`'s out and lse; two ranks or more."""
     rank, size = group.rank(), group.size()
     wide = torch.promote_types(q.dtype, torch.float32)
-    dq, dout, own = torch.zeros_like(q, dtype=wide), dout.contiguous(), torch.stack((k, v))
+    dq, dout = torch.zeros_like(q, dtype=wide), dout.contiguous()
 
-    def gradient(block: Tensor) -> Tensor:
-        """Add to dq; return what this rank's queries give the block's keys and values."""
-        if not block.shape[2] or not q.shape[1]:
-            return torch.zeros_like(block, dtype=wide)
-        dq_part, dk_part, dv_part = kernel.backward(dout, q, block[0], block[1], out, lse)
+    def gradient(keys: Tensor, values: Tensor) -> Tensor:
+        """Add to dq; return what this rank's queries give these keys and values, [2, B, l, N, K]."""
+        if not keys.shape[1] or not q.shape[1]:
+            return keys.new_zeros((2, *keys.shape), dtype=wide)
+        dq_part, dk_part, dv_part = kernel.backward(dout, q, keys, values, out, lse)
         dq.add_(dq_part)
         return torch.stack((dk_part, dv_part)).to(wide)
 
     # The own block comes last: its gradient starts at the next rank, needs size − 1 steps home and makes the
     # last of them while this rank attends.
-    arriving = _Exchange(own, lengths[(rank - 1) % size], group, VALUES)
+    arriving = _Exchange(torch.stack((k, v)), lengths[(rank - 1) % size], group, VALUES)
     found: _Exchange | None = None
     for step in range(1, size):
         block, following = arriving.wait(), lengths[(rank - step - 1) % size]
         if step + 1 < size:
             arriving = _Exchange(block, following, group, VALUES)
-        dblock = gradient(block)
+        dblock = gradient(block[0], block[1])
         if found is not None:  # what the ranks before this one found for the same block
             dblock += found.wait()
         found = _Exchange(dblock, following, group, GRADIENTS)
-    dblock = gradient(own)
+    dblock = gradient(k, v)
     if found is not None:
         dblock += found.wait()
     dk, dv = dblock.to(k.dtype)
