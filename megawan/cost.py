@@ -547,10 +547,9 @@ def ring_backward_bytes(
 ) -> int:
     """Return the bytes one rank sends in one block's backward: keys and values again and their gradients in
     float32 (or wider elements as they are), each ring_degree − 1 times."""
-    local = local_tokens(tokens, ulysses_degree * ring_degree) * shape.dim
-    gradients = 2 * local * max(4, bytes_per_element) * (ring_degree - 1)
-    return gradients + ring_bytes(
-        shape, tokens, ulysses_degree, ring_degree, bytes_per_element=bytes_per_element
+    return sum(
+        ring_bytes(shape, tokens, ulysses_degree, ring_degree, bytes_per_element=size)
+        for size in (bytes_per_element, max(4, bytes_per_element))
     )
 
 

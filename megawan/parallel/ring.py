@@ -121,10 +121,8 @@ def ring_backward(
         if found is not None:  # what the ranks before this one found for the same block
             dblock += found.wait()
         found = _Exchange(dblock, following, group, GRADIENTS)
-    dblock = gradient(k, v)
-    if found is not None:
-        dblock += found.wait()
-    dk, dv = dblock.to(k.dtype)
+    assert found is not None
+    dk, dv = gradient(k, v).add_(found.wait()).to(k.dtype)
     return dq.to(q.dtype), dk, dv
 
 
